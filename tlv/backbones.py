@@ -1,0 +1,205 @@
+"""The two tiny backbones of the toy world, trained from nothing and saved as Hugging Face folders.
+
+A SigLIP-form image encoder with its text tower (sigmoid contrastive loss, arXiv 2303.15343) and a
+Qwen2-form causal language model. Both learn from a corpus of scenes of their own, without the
+held-out pairs. Afterwards they are loaded exactly like `google/siglip-so400m-patch14-384` and
+`Qwen/Qwen2.5-3B`: by a path. Taught in notebook 00.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tlv import questions, world
+from tlv.chat import render as render_chat
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>", "<video>")
+IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
+TEXT_LENGTH = 32  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
+
+
+def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in Qwen2's form: <|endoftext|> ends, nothing is put in front."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+    )
+
+
+def write_document(rng: np.random.Generator, template: str) -> str:
+    """One text of the language model's corpus: a scene in words, then questions about it."""
+    scene = world.sample_scene(rng)
+    told = questions.frame_log(scene) if rng.random() < 0.75 else questions.caption(scene)
+    asked = questions.ask(scene, rng)
+    turns = []
+    for index in rng.permutation(len(asked))[:4]:
+        question = asked[index]
+        if rng.random() < 0.4:
+            text, answer, _ = questions.as_choice(question, rng)
+        else:
+            text, answer = question.text, question.answer
+        turns.append((text, answer))
+    if rng.random() < 0.5:
+        turns.insert(0, ("Describe the video.", questions.caption(scene)))
+    turns[0] = (f"{told}\n{turns[0][0]}", turns[0][1])
+    return render_chat(turns, template)
+
+
+def write_frames(rng: np.random.Generator, count: int, per_scene: int = 4):
+    """Pairs for the image encoder. Returns frames (count, H, W, 3) uint8 and their captions."""
+    frames, captions = [], []
+    while len(captions) < count:
+        scene = world.sample_scene(rng)
+        chosen = rng.integers(scene.num_frames, size=per_scene)
+        frames.append(world.render(scene, chosen))
+        captions += [questions.frame_caption(scene, int(f)) for f in chosen]
+    return np.concatenate(frames)[:count], captions[:count]
+
+
+def to_pixels(frames: np.ndarray, size: int = IMAGE_SIZE) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> float (N, 3, size, size) in -1..1, as the SigLIP processor gives."""
+    small = [Image.fromarray(f).resize((size, size), Image.Resampling.BICUBIC) for f in frames]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale, bias, same: torch.Tensor):
+    """Sigmoid loss over all pairs of a batch; `same` (B, B) marks the pairs that match."""
+    logits = text @ image.T * scale.exp() + bias  # (B, B)
+    return -F.logsigmoid(torch.where(same, logits, -logits)).sum() / len(image)
+
+
+def train_vision(
+    out_dir, *, tokenizer, seed, num_steps, batch_size, lr, width, num_layers, log=print
+):
+    """Train the SigLIP-form encoder on single frames and save its folder. Returns the losses."""
+    rng, _ = np.random.default_rng([seed, 1]), torch.manual_seed(seed)
+    tower = dict(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // 32,
+    )
+    config = SiglipConfig(
+        vision_config=dict(**tower, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
+        text_config=dict(
+            **{**tower, "num_hidden_layers": 2},
+            vocab_size=len(tokenizer),
+            max_position_embeddings=TEXT_LENGTH,
+            projection_size=width,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+    )
+    model = SiglipModel(config)
+    model.logit_scale.data.fill_(math.log(10.0))
+    model.logit_bias.data.fill_(-10.0)
+    losses = []
+    for step, optimizer in _steps(model, num_steps, lr):
+        frames, captions = write_frames(rng, batch_size)
+        ids = _tokenize(tokenizer, captions)  # (B, L)
+        out = model(input_ids=ids, pixel_values=to_pixels(frames))
+        names = np.array(captions)
+        same = torch.from_numpy(names[:, None] == names[None, :])
+        loss = siglip_loss(
+            out.image_embeds, out.text_embeds, model.logit_scale, model.logit_bias, same
+        )
+        losses.append(_update(model, optimizer, loss))
+        if step % 100 == 0 or step == num_steps - 1:
+            top1 = (out.image_embeds @ out.text_embeds.T).argmax(1)
+            hit = same[torch.arange(batch_size), top1].float().mean()
+            log(
+                f"vision step {step}: loss {losses[-1]:.3f}, caption found among {batch_size}: {hit:.2f}"
+            )
+    processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    for part in (model, processor, tokenizer):
+        part.save_pretrained(Path(out_dir))
+    return losses
+
+
+def train_llm(
+    out_dir, *, tokenizer, seed, num_steps, batch_size, lr, width, num_layers, template, log=print
+):
+    """Train the Qwen2-form language model on texts alone and save its folder. Returns the losses."""
+    rng, _ = np.random.default_rng([seed, 2]), torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=max(1, width // 64),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    losses = []
+    for step, optimizer in _steps(model, num_steps, lr):
+        texts = [write_document(rng, template) for _ in range(batch_size)]
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        loss = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
+        ).loss
+        losses.append(_update(model, optimizer, loss))
+        if step % 100 == 0 or step == num_steps - 1:
+            log(f"llm step {step}: loss {losses[-1]:.3f} on {batch.input_ids.shape[1]} tokens")
+    model.save_pretrained(Path(out_dir))
+    tokenizer.save_pretrained(Path(out_dir))
+    return losses
+
+
+def _tokenize(tokenizer, captions):
+    return tokenizer(
+        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def _steps(model, num_steps, lr):
+    """AdamW with a short warm-up and a cosine, one step at a time."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, num_steps // 20)
+    model.train()
+    for step in range(num_steps):
+        share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+        optimizer.param_groups[0]["lr"] = lr * share
+        yield step, optimizer
+
+
+def _update(model, optimizer, loss) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()

@@ -1,0 +1,245 @@
+"""Writes the toy world to disk: clips, raw annotations with planted defects, splits, the data card.
+
+The folder has the shape that every later stage reads (`world.json` names its parts), whether its
+content is the toy world or published data. Taught in notebook 00.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tlv import defects, questions, world
+from tlv.files import write_json
+from tlv.video import write_video
+
+CARD_KEYS = (
+    "videos_dir", "raw_captions", "raw_qa", "val_captions", "val_qa", "test_questions",
+    "vision_dir", "llm_dir",
+)  # fmt: skip
+CAPTION_REQUEST = "Describe the video."
+
+
+@dataclass
+class Entry:
+    """A clip on its way to disk: its scene, its name, its bytes' story."""
+
+    scene: world.Scene
+    name: str
+    defect: str | None = None
+    twin: "Entry | None" = None  # of which other clip this one is a copy
+
+
+def make_world(
+    out_dir, *, seed: int, num_train: int, num_val: int, num_test: int, defect_share: float
+):
+    """Write the whole toy world below `out_dir` and return the path of its card.
+
+    `num_train` counts the clean raw clips; every kind of defect adds `defect_share` of that
+    number. A third of the test clips show a shape-colour pair that training never shows.
+    """
+    out_dir = Path(out_dir)
+    (out_dir / "videos").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 0])
+    names = _Names(rng)
+
+    train = [Entry(s, names.clip()) for s in _train_scenes(rng, num_train)]
+    val = [Entry(world.sample_scene(rng), names.clip()) for _ in range(num_val)]
+    test = [Entry(s, names.clip()) for s in _test_scenes(rng, num_test)]
+    num_defects = max(1, round(defect_share * num_train))
+    planted = _plant_clips(rng, names, train, test, num_defects)
+    for entry in train + val + test + planted:
+        _write_clip(out_dir / "videos" / entry.name, entry, rng, out_dir / "videos")
+
+    captions, qa, truth = _raw_samples(rng, names, train, planted, num_defects)
+    write_json(out_dir / "raw_captions.json", captions)
+    write_json(out_dir / "raw_qa.json", qa)
+    write_json(out_dir / "val_captions.json", [_caption_sample(e, names.sample()) for e in val])
+    write_json(out_dir / "val_qa.json", [_qa_sample(e, names.sample(), rng) for e in val])
+    write_json(out_dir / "test_questions.json", _test_questions(rng, names, test))
+    scenes = {e.name: e.scene.to_dict() for e in train + val + test + planted}
+    write_json(out_dir / "truth.json", {"defects": truth, "scenes": scenes})
+    card = {"seed": seed, "truth": "truth.json", "videos_dir": "videos"}
+    card |= {k: f"{k}.json" for k in CARD_KEYS[1:6]}
+    card |= {"vision_dir": "backbones/vision", "llm_dir": "backbones/llm"}
+    write_json(out_dir / "world.json", card)
+    return out_dir / "world.json"
+
+
+def read_card(folder) -> dict:
+    """The data card of a world folder, its paths made absolute. Errors name what is missing."""
+    path = Path(folder) / "world.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no data card; run notebook 00 first (or `dvc repro`)")
+    card = json.loads(path.read_text())
+    missing = [key for key in CARD_KEYS if key not in card]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; a card names {', '.join(CARD_KEYS)}")
+    for key in (*CARD_KEYS, "truth"):
+        if card.get(key):
+            card[key] = Path(folder) / card[key]  # an absolute path stays as it is
+    return card
+
+
+class _Names:
+    """Random hex names, none twice: a name says nothing about its clip."""
+
+    def __init__(self, rng):
+        self.rng, self.used = rng, set()
+
+    def _next(self) -> str:
+        while (name := self.rng.bytes(6).hex()) in self.used:
+            pass
+        self.used.add(name)
+        return name
+
+    def clip(self) -> str:
+        return f"{self._next()}.mp4"
+
+    def sample(self) -> str:
+        return self._next()
+
+
+def _train_scenes(rng, count):
+    """Clean scenes, one in twenty of them a look-alike of a defect."""
+    scenes = []
+    for index in range(count):
+        if index % 20 == 19:
+            kind = ("slow", "same_things")[index // 20 % 2]
+            source = next((s for s in reversed(scenes) if len(s.things) == 1), scenes[-1])
+            scenes.append(defects.look_alike(rng, kind, source))
+        else:
+            scenes.append(world.sample_scene(rng))
+    return scenes
+
+
+def _test_scenes(rng, count):
+    every = world.SEEN_PAIRS + world.HELD_OUT_PAIRS
+    return [
+        world.sample_scene(rng, pairs=every, must_have=world.HELD_OUT_PAIRS, event_share=0.75)
+        if index % 3 == 0
+        else world.sample_scene(rng, event_share=0.75)
+        for index in range(count)
+    ]
+
+
+def _plant_clips(rng, names, train, test, count):
+    planted = []
+    for kind in defects.CLIP_DEFECTS:
+        for _ in range(count):
+            twin = None
+            if kind in ("duplicate", "near_duplicate", "leaked_test_clip"):
+                pool = test if kind == "leaked_test_clip" else train
+                twin = pool[rng.integers(len(pool))]
+            if kind == "static":
+                scene = defects.still_scene(rng)
+            else:
+                scene = twin.scene if twin else world.sample_scene(rng)
+            planted.append(Entry(scene, names.clip(), kind, twin))
+    return planted
+
+
+def _write_clip(path: Path, entry: Entry, rng, videos_dir: Path):
+    """Encode a scene, or do to the file what its defect says."""
+    again = entry.defect == "near_duplicate" or (
+        entry.defect == "leaked_test_clip" and rng.random() < 0.5
+    )
+    if entry.twin and not again:
+        path.write_bytes((videos_dir / entry.twin.name).read_bytes())
+        return
+    if entry.defect in ("unreadable", "empty"):
+        path.write_bytes(rng.bytes(3000) if entry.defect == "unreadable" else b"")
+        return
+    write_video(path, world.render(entry.scene), world.FPS, crf=30 if again else 18)
+    if entry.defect == "truncated":
+        path.write_bytes(defects.truncate(path.read_bytes(), rng))
+
+
+def _caption_sample(entry: Entry, sample_id: str) -> dict:
+    turns = [(CAPTION_REQUEST, questions.caption(entry.scene))]
+    return _sample(entry, sample_id, turns)
+
+
+def _qa_sample(entry: Entry, sample_id: str, rng) -> dict:
+    """Every question that the clip allows, in random order, two in five as multiple choice."""
+    asked = questions.ask(entry.scene, rng)
+    turns = []
+    for index in rng.permutation(len(asked)):
+        question = asked[index]
+        if rng.random() < 0.4:
+            text, answer, _ = questions.as_choice(question, rng)
+        else:
+            text, answer = question.text, question.answer
+        turns.append((text, answer))
+    return _sample(entry, sample_id, turns)
+
+
+def _sample(entry: Entry, sample_id: str, turns) -> dict:
+    conversations = []
+    for index, (question, answer) in enumerate(turns):
+        value = f"<video>\n{question}" if index == 0 else question
+        conversations.append({"from": "human", "value": value})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": sample_id, "video": entry.name, "conversations": conversations}
+
+
+def _raw_samples(rng, names, train, planted, count):
+    """Annotations of the raw pool in random order, and the truth about them."""
+    truth = {}
+    captions, qa = [], []
+    ids = {}
+    for entry in train + planted:
+        pair = _caption_sample(entry, names.sample()), _qa_sample(entry, names.sample(), rng)
+        ids[entry.name] = [sample["id"] for sample in pair]
+        captions.append(pair[0])
+        qa.append(pair[1])
+    for entry in planted:
+        twins = ids.get(entry.twin.name) if entry.twin else None
+        for index, sample_id in enumerate(ids[entry.name]):
+            truth[sample_id] = {"kind": entry.defect, "twin": twins[index] if twins else None}
+    scenes = [e.scene for e in train]
+    chosen = iter(rng.permutation(len(train)))  # the first samples are those of `train`, in order
+    for kind in defects.TEXT_DEFECTS:
+        for _ in range(count):
+            index = next(chosen)
+            broken = _spoil(kind, captions[index], qa[index], scenes[index], scenes, rng)
+            (qa if kind == "malformed_conversation" else captions)[index] = broken
+            truth[broken["id"]] = {"kind": kind, "twin": None}
+    captions = [captions[i] for i in rng.permutation(len(captions))]
+    qa = [qa[i] for i in rng.permutation(len(qa))]
+    return captions, qa, truth
+
+
+def _spoil(kind, caption, qa, scene, scenes, rng) -> dict:
+    if kind == "malformed_conversation":
+        return defects.malform(qa, rng)
+    text = caption["conversations"][1]["value"]
+    if kind == "wrong_caption":
+        text = defects.other_caption(scene, scenes, rng)
+    elif kind == "short_caption":
+        text = str(rng.choice(defects.SHORT_CAPTIONS))
+    else:
+        text = defects.degenerate_caption(text, rng)
+    human, gpt = caption["conversations"]
+    return {**caption, "conversations": [human, {**gpt, "value": text}]}
+
+
+def _test_questions(rng, names, test):
+    """Each question that a test clip allows, once free-form and once as multiple choice."""
+    found = []
+    for entry in test:
+        unseen = bool(entry.scene.pairs() & set(world.HELD_OUT_PAIRS))
+        every = world.SEEN_PAIRS + world.HELD_OUT_PAIRS if unseen else world.SEEN_PAIRS
+        for question in questions.ask(entry.scene, rng, every):
+            head = {"video": entry.name, "type": question.type, "unseen_pair": unseen}
+            text, letter, options = questions.as_choice(question, rng)
+            found.append(
+                {"id": names.sample(), **head, "form": "free", "question": question.text,
+                 "answer": question.answer, "options": []}
+            )  # fmt: skip
+            found.append(
+                {"id": names.sample(), **head, "form": "choice", "question": text,
+                 "answer": letter, "options": options}
+            )  # fmt: skip
+    return found

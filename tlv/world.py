@@ -1,0 +1,240 @@
+"""The toy world: scenes with one to three moving objects, drawn and encoded as real H.264 clips.
+
+The default data of the workbook. A scene is sampled from a seed, drawn frame by frame on a torus
+(what leaves at one edge comes back at the other) and written as MP4, so that a model meets the
+codec as it would with published clips. The torus is a choice with a reason: an object's place in
+any single frame then says nothing about the direction it moves in.
+
+Taught in notebook 00. Questions and captions about a scene: `tlv.questions`. Planted defects:
+`tlv.defects`.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+SIZE = 64  # pixels, height and width; decord 0.6 cannot read clips 48 pixels wide
+FPS = 8  # frames per second
+MIN_SECONDS, MAX_SECONDS = 2, 8
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 90, 240),
+    "yellow": (235, 215, 50),
+    "purple": (170, 60, 200),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 6.0, "large": 10.0}  # radius in pixels
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+EVENTS = ("appears", "leaves", "changes colour")
+
+# Shape-colour pairs that no training clip and no backbone ever sees: the test of composition.
+HELD_OUT_PAIRS = (("red", "triangle"), ("green", "cross"), ("blue", "circle"), ("yellow", "square"))
+SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it looks like, where it starts (pixels), how it moves (pixels per frame)."""
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    direction: str | None = None  # None: it stays still
+    speed: float = 0.0
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.colour, self.shape
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    def position(self, frame) -> tuple[np.ndarray, np.ndarray]:
+        """Centre at `frame` (a number or an array of them), in pixels on the torus."""
+        dx, dy = DIRECTIONS[self.direction] if self.direction else (0, 0)
+        frame = np.asarray(frame, dtype=float)
+        return (self.x + dx * self.speed * frame) % SIZE, (self.y + dy * self.speed * frame) % SIZE
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens to thing number `thing` at `frame`."""
+
+    kind: str
+    thing: int
+    frame: int
+    colour: str | None = None  # the new colour, where the kind is "changes colour"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a clip shows. Things have different shape-colour pairs; events are in order."""
+
+    num_frames: int
+    things: tuple[Thing, ...]
+    events: tuple[Event, ...] = ()
+    background: tuple[int, int, int] = (30, 30, 30)
+
+    def is_visible(self, thing: int, frame) -> np.ndarray:
+        """Whether a thing can be seen at each of the frames."""
+        frame = np.asarray(frame)
+        shown = np.ones(frame.shape, dtype=bool)
+        for event in self.events:
+            if event.thing == thing and event.kind == "appears":
+                shown &= frame >= event.frame
+            if event.thing == thing and event.kind == "leaves":
+                shown &= frame < event.frame
+        return shown
+
+    def colours_of(self, thing: int) -> tuple[str, ...]:
+        """Every colour that a thing has, in order of time."""
+        changed = tuple(
+            e.colour for e in self.events if e.thing == thing and e.kind == "changes colour"
+        )
+        return (self.things[thing].colour, *changed)
+
+    def colour_at(self, thing: int, frame: int) -> str:
+        colour = self.things[thing].colour
+        for event in self.events:
+            if event.thing == thing and event.kind == "changes colour" and frame >= event.frame:
+                colour = event.colour
+        return colour
+
+    def pairs(self) -> set[tuple[str, str]]:
+        """Every shape-colour pair that the clip shows at any time."""
+        return {
+            (colour, thing.shape)
+            for i, thing in enumerate(self.things)
+            for colour in self.colours_of(i)
+        }
+
+    @property
+    def is_still(self) -> bool:
+        """Nothing moves and nothing happens: a clip that video training has no use for."""
+        return not self.events and not any(thing.direction for thing in self.things)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def torus_distance(a: Thing, b: Thing, frames: np.ndarray) -> np.ndarray:
+    """Distance in pixels between two things' centres at each frame, the short way round."""
+    (ax, ay), (bx, by) = a.position(frames), b.position(frames)
+    dx = (ax - bx + SIZE / 2) % SIZE - SIZE / 2
+    dy = (ay - by + SIZE / 2) % SIZE - SIZE / 2
+    return np.hypot(dx, dy)
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    pairs=SEEN_PAIRS,
+    must_have=None,
+    num_things: int | None = None,
+    event_share: float = 0.65,
+) -> Scene:
+    """Draw a scene: number of things, their looks, motion and events, so that none ever overlap
+    and something always moves or happens.
+
+    `pairs` are the shape-colour pairs allowed; `must_have`, where given, is a pool of pairs of
+    which the first thing takes one. Rejection of overlapping draws is invariant to a shift of the
+    whole scene, so each thing's place stays uniform on the torus whatever its direction.
+    """
+    num_things = num_things or int(rng.integers(1, 4))  # fixed first: rejection must not skew it
+    while True:
+        scene = _draw(rng, pairs, must_have, num_things, event_share)
+        frames = np.arange(scene.num_frames)
+        if not scene.is_still and all(
+            torus_distance(a, b, frames).min() > SIZES[a.size] + SIZES[b.size] + 1
+            for a, b in combinations(scene.things, 2)
+        ):
+            return scene
+
+
+def _draw(rng, pairs, must_have, count, event_share) -> Scene:
+    num_frames = int(rng.integers(MIN_SECONDS * FPS, MAX_SECONDS * FPS + 1))
+    chosen = [must_have[rng.integers(len(must_have))]] if must_have else []
+    rest = [pair for pair in pairs if pair not in chosen]
+    chosen += [rest[i] for i in rng.permutation(len(rest))[: count - len(chosen)]]
+    things = []
+    for index in rng.permutation(len(chosen)):
+        direction = str(rng.choice(list(DIRECTIONS))) if rng.random() < 0.65 else None
+        # One to one and a half widths over the clip, however long it lasts.
+        speed = rng.uniform(1.0, 1.5) * SIZE / num_frames if direction else 0.0
+        x, y = rng.uniform(0, SIZE, size=2)
+        size = "large" if rng.random() < 0.5 else "small"
+        things.append(Thing(*chosen[index], size, float(x), float(y), direction, float(speed)))
+    background = tuple(int(v) for v in rng.integers(15, 60) + rng.integers(-8, 9, size=3))
+    scene = Scene(num_frames, tuple(things), (), background)
+    if count >= 2 and rng.random() < event_share:
+        scene = replace(scene, events=_draw_events(rng, scene, pairs))
+    return scene
+
+
+def _draw_events(rng, scene: Scene, pairs) -> tuple[Event, ...]:
+    """Two events on two things, a fifth to a third of the clip apart.
+
+    The gap is short on purpose: a single frame tells the order only if it falls inside it.
+    """
+    n = scene.num_frames
+    gap = rng.uniform(0.2, 0.33)
+    first = rng.uniform(0.1, 0.9 - gap)
+    events = []
+    for thing, at in zip(rng.permutation(len(scene.things))[:2], (first, first + gap), strict=True):
+        kind, colour = str(rng.choice(EVENTS)), None
+        if kind == "changes colour":
+            shape, taken = scene.things[thing].shape, {t.pair for t in scene.things}
+            free = [c for c, s in pairs if s == shape and (c, s) not in taken]
+            colour = free[rng.integers(len(free))]
+        events.append(Event(kind, int(thing), int(round(at * n)), colour))
+    return tuple(events)
+
+
+def draw_shape(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    """Coverage in 0..1 of pixels at offsets dx, dy from the centre; edges are smooth."""
+    if shape == "circle":
+        distance = np.hypot(dx, dy) - radius
+    elif shape == "square":
+        distance = np.maximum(abs(dx), abs(dy)) - 0.85 * radius
+    elif shape == "triangle":  # pointing up
+        distance = np.maximum(0.87 * abs(dx) - 0.5 * dy - 0.5 * radius, dy - 0.75 * radius)
+        distance = np.maximum(0.87 * abs(dx) + 0.5 * (dy - radius * 0.75) - 0.15 * radius, distance)
+    elif shape == "cross":
+        arm = 0.36 * radius
+        distance = np.minimum(
+            np.maximum(abs(dx) - arm, abs(dy) - radius), np.maximum(abs(dx) - radius, abs(dy) - arm)
+        )
+    else:
+        raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def render(scene: Scene, frames=None) -> np.ndarray:
+    """Draw a scene. Returns uint8 RGB, (T, H, W, 3); `frames` picks some, default all."""
+    frames = np.arange(scene.num_frames) if frames is None else np.asarray(frames)
+    canvas = np.empty((len(frames), SIZE, SIZE, 3), dtype=np.float32)  # (T, H, W, 3)
+    canvas[:] = scene.background
+    grid = np.arange(SIZE) + 0.5
+    for i, thing in enumerate(scene.things):
+        x, y = thing.position(frames)
+        dx = (grid[None, None, :] - x[:, None, None] + SIZE / 2) % SIZE - SIZE / 2  # (T, 1, W)
+        dy = (grid[None, :, None] - y[:, None, None] + SIZE / 2) % SIZE - SIZE / 2  # (T, H, 1)
+        cover = draw_shape(thing.shape, dx, dy, SIZES[thing.size])  # (T, H, W)
+        cover = (cover * scene.is_visible(i, frames)[:, None, None])[..., None]  # (T, H, W, 1)
+        paint = np.array([COLOURS[scene.colour_at(i, f)] for f in frames], dtype=np.float32)
+        canvas += cover * (paint[:, None, None, :] - canvas)
+    return canvas.round().astype(np.uint8)
+
+
+def place_name(x: float, y: float) -> str:
+    """The ninth of the frame that a point lies in: "top left" ... "centre" ... "bottom right"."""
+    row = ("top", "", "bottom")[int(y * 3 // SIZE)]
+    column = ("left", "", "right")[int(x * 3 // SIZE)]
+    return f"{row} {column}".strip() or "centre"
