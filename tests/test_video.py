@@ -1,0 +1,300 @@
+"""Decoding and sampling: the right frames, the right times, one clear error for each bad file."""
+
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tlv import ROOT, video, video_child
+from tlv.video import VideoError
+
+DECODERS = (video._decode_with_decord, video._decode_with_pyav)
+REAL_CLIPS = Path(ROOT).parent / "shared" / "videos"
+
+
+def real_clip(name):
+    if not (REAL_CLIPS / name).exists():
+        pytest.skip(f"needs {REAL_CLIPS / name}: public test clips are not part of this repository")
+    return REAL_CLIPS / name
+
+
+def numbered_frames(num_frames, height=48, width=64):
+    """Frames whose left half holds their own number in eight black or white stripes."""
+    frames = np.full((num_frames, height, width, 3), 90, np.uint8)
+    for t in range(num_frames):
+        for bit in range(8):
+            rows = slice(bit * height // 8, (bit + 1) * height // 8)
+            frames[t, rows, : width // 2] = 255 * (t >> bit & 1)
+        frames[t, :, width // 2 :, t % 3] = 200
+    return frames
+
+
+def numbers(frames):
+    """Read the frame numbers back -> list of int."""
+    stripes = frames[:, :, : frames.shape[2] // 2].mean(axis=(2, 3)) > 127  # (T, H)
+    rows = (np.arange(8) * 2 + 1) * frames.shape[1] // 16
+    return [int(sum(int(on) << bit for bit, on in enumerate(line[rows]))) for line in stripes]
+
+
+def encode(path, frames, codec="libx264", ticks=None, format=None, **options):
+    """Write frames with PyAV; `ticks` are presentation times in 1/1000 s (variable rate)."""
+    with av.open(str(path), "w", format=format) as out:
+        stream = out.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.options = {name: str(value) for name, value in options.items()}
+        if ticks is not None:
+            stream.codec_context.time_base = stream.time_base = video.Fraction(1, 1000)
+        for t, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            if ticks is not None:
+                frame.pts, frame.time_base = int(ticks[t]), video.Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def decode_both(path, indices):
+    """The same frames through decord and through PyAV."""
+    index = video._index(path)
+    return [decode(path, index, indices) for decode in DECODERS]
+
+
+@pytest.fixture(scope="module")
+def clip_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "sixty.mp4"
+    video.write_video(path, numbered_frames(60), fps=8)
+    return path
+
+
+# ---- which frames ---------------------------------------------------------------------------
+
+
+def test_uniform_sampling_gives_the_published_indices():
+    assert video.sample_indices(300, 16).tolist() == [
+        0, 19, 39, 59, 79, 99, 119, 139, 159, 179, 199, 219, 239, 259, 279, 299]  # fmt: skip
+    assert video.sample_indices(360, 16).tolist() == [
+        0, 23, 47, 71, 95, 119, 143, 167, 191, 215, 239, 263, 287, 311, 335, 359]  # fmt: skip
+    assert video.sample_indices(10, 16).tolist() == [
+        0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8, 9]  # fmt: skip
+    assert video.sample_indices(5, 1).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "total, native, fps, cap, expected",
+    [
+        (300, 30, 1, 64, 10),  # ten seconds
+        (327, 30, 1, 64, 10),  # 10.9 s: full seconds count
+        (30000, 30, 1, 64, 64),  # capped
+        (10, 30, 1, 64, 1),  # under a second: still one frame
+        (24, 8, 30, 64, 24),  # never more than there are
+        (90, 30, 0.5, 64, 1),
+        (33, 11, 1, 64, 3),  # 33 / 11 must not round down to 2
+    ],
+)
+def test_fps_sampling_counts(total, native, fps, cap, expected):
+    indices = video.sample_indices_fps(total, native, fps, cap)
+    assert len(indices) == expected and indices[0] == 0 and indices[-1] < total
+    assert len(set(indices)) == expected
+
+
+@pytest.mark.parametrize("call", [lambda: video.sample_indices(0, 16),
+                                  lambda: video.sample_indices(10, 0),
+                                  lambda: video.sample_indices_fps(10, 8, 0, 4),
+                                  lambda: video.sample_frames("x.mp4", sampling="every")])
+def test_wrong_sampling_arguments_are_named(call, tmp_path):
+    with pytest.raises(ValueError, match="must be|no such file"):
+        call()
+
+
+# ---- writing and reading --------------------------------------------------------------------
+
+
+def test_written_clip_is_the_same_bytes_and_reads_back(tmp_path, clip_path):
+    again = tmp_path / "again.mp4"
+    video.write_video(again, numbered_frames(60), fps=8)
+    assert again.read_bytes() == clip_path.read_bytes()
+    assert os.listdir(tmp_path) == ["again.mp4"]
+    frames = video.read_frames(again)
+    assert frames.shape == (60, 48, 64, 3) and frames.dtype == np.uint8
+    assert numbers(frames) == list(range(60))
+    info = video.probe(again)
+    assert (info.num_frames, info.fps, info.duration) == (60, 8.0, 7.5)
+    assert (info.width, info.height, info.codec) == (64, 48, "h264")
+
+
+def test_write_refuses_what_h264_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="even height and width, not 47 x 64"):
+        video.write_video(tmp_path / "x.mp4", numbered_frames(2)[:, :47], 8)
+    with pytest.raises(ValueError, match="uint8"):
+        video.write_video(tmp_path / "x.mp4", numbered_frames(2).astype(float), 8)
+    assert not os.listdir(tmp_path)
+
+
+def test_read_frames_keeps_the_order_asked_for(clip_path):
+    assert numbers(video.read_frames(clip_path, [40, 3, 3, 59])) == [40, 3, 3, 59]
+    with pytest.raises(VideoError, match="frame 60 was asked for, it has frames 0 to 59"):
+        video.read_frames(clip_path, [0, 60])
+
+
+@pytest.mark.parametrize("timeout_s", [None, 30])
+def test_sample_frames_says_where_the_frames_stand(clip_path, timeout_s):
+    clip = video.sample_frames(clip_path, num_frames=7, timeout_s=timeout_s)
+    assert clip.indices.tolist() == [0, 9, 19, 29, 39, 49, 59]
+    assert numbers(clip.frames) == clip.indices.tolist()
+    np.testing.assert_allclose(clip.timestamps, clip.indices / 8)
+    assert (clip.num_frames_total, clip.fps, clip.duration) == (60, 8.0, 7.5)
+    by_rate = video.sample_frames(clip_path, sampling="fps", fps=2, max_frames=9)
+    assert len(by_rate.frames) == 9
+    assert len(video.sample_frames(clip_path, sampling="fps", fps=2).frames) == 15
+
+
+@pytest.mark.parametrize("codec, name, options", [
+    ("libx264", "bframes.mp4", dict(g=12, bf=3)),
+    ("libx265", "hevc.mp4", {"x265-params": "log-level=none"}),
+    ("libvpx-vp9", "vp9.webm", dict(g=15)),
+    ("libx264", "plain.mkv", dict(g=10)),
+])  # fmt: skip
+def test_both_readers_give_equal_pixels(tmp_path, codec, name, options):
+    path = encode(tmp_path / name, numbered_frames(50), codec, **options)
+    indices = [0, 3, 4, 21, 22, 35, 49]
+    one, two = decode_both(path, indices)
+    assert numbers(one) == indices
+    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("codec, name, options", [
+    ("libx264", "open_gop.mp4", {"g": 10, "bf": 3, "x264-params": "open-gop=1"}),
+    ("mpeg4", "b_frames.mp4", dict(g=10, bf=2, qscale=2)),
+    ("libx264", "h264.avi", dict(g=10)),
+    ("libx264", "stream.ts", dict(g=10)),
+    ("libsvtav1", "av1.mkv", dict(preset=10, crf=20)),
+])  # fmt: skip
+def test_right_frames_where_decord_gives_neighbours_or_nothing(tmp_path, codec, name, options):
+    path = encode(tmp_path / name, numbered_frames(50), codec, **options)
+    for indices in ([34, 49], [2, 3, 16, 26, 38, 46, 48, 49], [49]):
+        assert numbers(video.read_frames(path, indices)) == indices
+
+
+def test_variable_frame_rate_gives_frames_and_times_as_stored(tmp_path):
+    ticks = np.cumsum([0] + [40 if t % 5 else 200 for t in range(1, 50)])
+    path = encode(tmp_path / "vfr.mp4", numbered_frames(50), ticks=ticks, g=10)
+    clip = video.sample_frames(path, num_frames=9)
+    np.testing.assert_allclose(clip.timestamps, ticks[clip.indices] / 1000, atol=2e-3)
+    for frames in decode_both(path, clip.indices):
+        assert numbers(frames) == clip.indices.tolist()
+
+
+def test_pictures_are_clips_of_one_frame(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(numbered_frames(1)[0]).save(tmp_path / "picture.png")
+    frames = video.read_image(tmp_path / "picture.png")
+    np.testing.assert_array_equal(frames, numbered_frames(1))
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(VideoError, match="text.png: not a readable picture"):
+        video.read_image(tmp_path / "text.png")
+
+
+# ---- bad files ------------------------------------------------------------------------------
+
+
+def damage(path, kind, whole: bytes):
+    if kind == "missing":
+        return "no such file"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "empty"
+    if kind == "text":
+        path.write_text("this is not a clip " * 50)
+        return "not a readable video"
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+        return "truncated|not a readable|damaged"
+    if kind == "head lost":
+        path.write_bytes(whole[len(whole) // 3 :])
+        return "not a readable video"
+    noise = np.random.default_rng(0).integers(0, 256, len(whole) // 3, np.uint8).tobytes()
+    path.write_bytes(whole[: len(whole) // 2] + noise + whole[len(whole) // 2 + len(noise) :])
+    return "damaged"
+
+
+KINDS = ["missing", "empty", "text", "truncated", "head lost", "noise"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("timeout_s", [None, 30])
+def test_bad_file_gives_one_typed_error(tmp_path, clip_path, kind, timeout_s):
+    path = tmp_path / "bad.mp4"
+    expected = damage(path, kind, clip_path.read_bytes())
+    with pytest.raises(VideoError, match=expected) as caught:
+        video.sample_frames(path, num_frames=16, timeout_s=timeout_s)
+    assert caught.value.path == str(path) and caught.value.reason
+    assert str(path) in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_sound_only_file_is_named(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    with pytest.raises(VideoError, match="no video stream"):
+        video.read_frames(path)
+
+
+def test_hanging_decoder_is_stopped_and_the_next_clip_is_served(clip_path):
+    video.sample_frames(clip_path, 2, timeout_s=30)
+    pid = video_child.child()._process.pid
+    os.kill(pid, signal.SIGSTOP)  # the child hangs
+    start = time.monotonic()
+    with pytest.raises(VideoError, match="took over 0.5 s and was stopped"):
+        video.sample_frames(clip_path, 2, timeout_s=0.5)
+    assert time.monotonic() - start < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert numbers(video.sample_frames(clip_path, 2, timeout_s=30).frames) == [0, 59]
+
+
+def test_crashing_decoder_is_an_error_not_a_crash(clip_path):
+    video.sample_frames(clip_path, 2, timeout_s=30)
+    os.kill(video_child.child()._process.pid, signal.SIGSEGV)
+    with pytest.raises(VideoError, match="crashed the decoder .SIGSEGV"):
+        video.sample_frames(clip_path, 2, timeout_s=30)
+    assert numbers(video.sample_frames(clip_path, 2, timeout_s=30).frames) == [0, 59]
+
+
+# ---- real clips -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, num_frames, shape", [
+    ("nasa_13013.mp4", 390, (270, 480)), ("flipping_a_pancake.mkv", 310, (240, 426)),
+    ("h265_video.mp4", 10, (128, 128)), ("video_0.mov", 3, (320, 568)),
+    ("video_90.mov", 3, (568, 320)),
+])  # fmt: skip
+def test_real_clips_are_equal_through_both_readers(name, num_frames, shape):
+    path = real_clip(name)
+    info = video.probe(path)
+    assert (info.num_frames, info.height, info.width) == (num_frames, *shape)
+    indices = video.sample_indices(num_frames, 5)
+    one, two = decode_both(path, sorted(set(indices)))
+    assert one.shape[1:] == (*shape, 3)
+    np.testing.assert_array_equal(one, two)
+
+
+def test_rotation_flag_turns_the_frames():
+    turned = video.read_frames(real_clip("video_90.mov"))
+    assert turned.shape[1:] == (568, 320, 3)
+
+
+def test_real_av1_and_damaged_clips():
+    assert video.sample_frames(real_clip("av1_video.mkv"), 4).frames.shape == (4, 360, 640, 3)
+    with pytest.raises(VideoError, match="corrupted.mp4: damaged"):
+        video.sample_frames(real_clip("corrupted.mp4"), 16)

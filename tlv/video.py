@@ -1,0 +1,307 @@
+"""Read and write clips: only the frames that are needed, with their times, from any common codec.
+
+PyAV lists what a file holds without decoding (so times are exact at a variable frame rate). decord
+decodes (one thread, it seeks to what is asked); PyAV, which brings a newer FFmpeg, decodes what
+decord cannot. Where both can, their pixels are equal. Every failure is a `VideoError`.
+Frame numbers count frames in the order they are shown; times are seconds, as stored in the file.
+Taught in notebooks 00 (writing) and 02 (sampling).
+"""
+
+import bisect
+import math
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+# Where decord 0.6 was seen to give the right frames. Elsewhere it fails (AV1) or, worse, gives a
+# neighbour of the frame asked for (AVI, MPEG-TS, MPEG-4 part 2, the last frames of open GOPs).
+DECORD_CODECS = ("h264", "hevc", "vp8", "vp9")
+DECORD_CONTAINERS = ("mp4", "matroska")
+
+
+class VideoError(ValueError):
+    """A clip that cannot be used: `path`, and `reason` (what is wrong and what would be right)."""
+
+    def __init__(self, path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+    def __reduce__(self):  # so that it crosses from a data-loading worker whole
+        return VideoError, (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file holds; width and height in pixels as shown (rotation applied)."""
+
+    num_frames: int
+    fps: float
+    duration: float
+    width: int
+    height: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames sampled from a clip, and where in it they stand."""
+
+    frames: np.ndarray  # (T, H, W, 3) uint8, RGB
+    indices: np.ndarray  # (T,) int, frame numbers in the file
+    timestamps: np.ndarray  # (T,) float, seconds
+    num_frames_total: int
+    fps: float
+    duration: float  # seconds
+
+
+# ---- which frames ---------------------------------------------------------------------------
+
+
+def sample_indices(num_total: int, num_frames: int) -> np.ndarray:
+    """`num_frames` frame numbers, evenly spaced from the first to the last frame of `num_total`.
+
+    A clip with fewer frames gives some of them twice, so that the length is always (T,).
+    Source: TinyLLaVA-Video's training code. Notebook 02.
+    """
+    if num_total < 1 or num_frames < 1:
+        raise ValueError(f"num_total = {num_total}, num_frames = {num_frames}: both must be >= 1")
+    return np.linspace(0, num_total - 1, num_frames, dtype=int)
+
+
+def sample_indices_fps(num_total: int, native_fps: float, fps: float, max_frames: int):
+    """`fps` frames per second of the whole clip, evenly spaced: at least 1, at most `max_frames`.
+
+    One frame per full 1/fps s: a clip of 10.9 s at fps = 1 gives 10. Never more than there are.
+    """
+    for name, value in (("native_fps", native_fps), ("fps", fps), ("max_frames", max_frames)):
+        if value <= 0:
+            raise ValueError(f"{name} = {value}: must be > 0")
+    wanted = math.floor(num_total / native_fps * fps + 1e-6)
+    return sample_indices(num_total, max(1, min(wanted, max_frames, num_total)))
+
+
+def _choose(num_total, native_fps, num_frames, sampling, fps, max_frames) -> np.ndarray:
+    if sampling == "uniform":
+        return sample_indices(num_total, num_frames)
+    if sampling == "fps":
+        return sample_indices_fps(num_total, native_fps, fps, max_frames)
+    raise ValueError(f"sampling = {sampling!r}: must be 'uniform' or 'fps'")
+
+
+# ---- what a file holds: every packet is listed, nothing is decoded --------------------------
+
+
+@dataclass(frozen=True)
+class _Index:
+    pts: list[int]  # when each frame is shown, ascending, in ticks of time_base seconds
+    keys: list[int]  # the same for the frames that decoding can start at
+    time_base: float
+    fps: float
+    codec: str
+    container: str
+    is_closed: bool  # decoding may really start at each of `keys` (H.264: they are all IDR frames)
+
+    def seconds(self, numbers) -> np.ndarray:
+        return np.round([self.pts[i] * self.time_base for i in numbers], 6)  # (T,)
+
+    def keyframe(self, pts: int) -> int:
+        """The position in `keys` of the keyframe from which the frame at `pts` decodes."""
+        return max(0, bisect.bisect_right(self.keys, pts) - 1)
+
+
+def _index(path) -> _Index:
+    with _open(path) as container:
+        stream = container.streams.best("video")
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        promised, rate, time_base = stream.frames, stream.average_rate, float(stream.time_base)
+        codec, kind = stream.codec_context.name, container.format.name
+    if not packets or any(p.pts is None for p in packets):
+        raise VideoError(path, "its frames carry no times; remux it with ffmpeg first")
+    if promised > len(packets):
+        raise VideoError(path, f"truncated: its header promises {promised} frames, the file holds "
+                               f"{len(packets)}; copy it again")
+    pts, keys = sorted(p.pts for p in packets), [p for p in packets if p.is_keyframe]
+    is_closed = codec != "h264" or all(_is_idr(bytes(p)) for p in keys)
+    span = (pts[-1] - pts[0]) * time_base
+    fps = float(rate) if rate else (len(pts) - 1) / span if span > 0 else 1.0
+    return _Index(pts, sorted(p.pts for p in keys), time_base, fps, codec, kind, is_closed)
+
+
+def _is_idr(data: bytes) -> bool:
+    """Does an H.264 packet (4 bytes of length before each unit) hold an IDR slice (type 5)?"""
+    start = 0
+    while start + 4 < len(data):
+        if data[start + 4] & 31 == 5:
+            return True
+        start += 4 + int.from_bytes(data[start : start + 4], "big")
+    return False
+
+
+def _open(path):
+    """Open a file with PyAV after the checks that give the clearest messages."""
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(path, "no such file; check the annotation's name and videos_dir")
+    if path.stat().st_size == 0:
+        raise VideoError(path, "the file is empty (0 bytes); copy it again")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoError(path, f"not a readable video: {_brief(error)}") from error
+    if not container.streams.video:
+        container.close()
+        raise VideoError(path, "it holds no video stream (only sound?)")
+    return container
+
+
+def _brief(error) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+
+
+# ---- two decoders: distinct ascending frame numbers -> (T, H, W, 3) uint8 -------------------
+
+
+def _decode_with_decord(path, index: _Index, numbers) -> np.ndarray:
+    import decord  # only here: PyAV alone serves machines that decord has no wheel for
+
+    decord.logging.set_level(decord.logging.QUIET)
+    reader = decord.VideoReader(str(path), num_threads=1)
+    if len(reader) != len(index.pts):
+        raise VideoError(path, f"decord counts {len(reader)} frames, PyAV {len(index.pts)}")
+    return reader.get_batch(list(numbers)).asnumpy()
+
+
+def _decode_with_pyav(path, index: _Index, numbers) -> np.ndarray:
+    """Seek to the keyframe before each frame; where that fails (MPEG-TS), read from the start."""
+    wanted = [index.pts[i] for i in numbers]
+    frames = _frames_at(path, index, wanted, can_seek=True)
+    if len(frames) < len(wanted):
+        frames = _frames_at(path, index, wanted, can_seek=False)
+    if len(frames) < len(wanted):
+        seconds = wanted[len(frames)] * index.time_base
+        raise VideoError(path, f"damaged: no frame decodes at {seconds:.3f} s; copy it again")
+    return np.stack(frames)
+
+
+def _frames_at(path, index: _Index, wanted, can_seek: bool) -> list[np.ndarray]:
+    """The frames shown at the times `wanted` (ticks), up to the first that is not found."""
+    frames, shown = [], None
+    with _open(path) as container:
+        stream = container.streams.best("video")
+        decoded = container.decode(stream)
+        for pts in wanted:
+            if can_seek and (shown is None or index.keyframe(pts) > index.keyframe(shown)):
+                container.seek(index.keys[index.keyframe(pts)], stream=stream)
+                decoded = container.decode(stream)
+            frame = next((f for f in decoded if f.pts == pts), None)
+            if frame is None:
+                break
+            image = frame.to_ndarray(format="rgb24")
+            frames.append(np.rot90(image, frame.rotation // 90))  # as the file says it is shown
+            shown = pts
+    return frames
+
+
+def _decode(path, index: _Index, numbers) -> np.ndarray:
+    """Distinct ascending frame numbers -> (T, H, W, 3): decord where it is right, else PyAV."""
+    is_safe = index.is_closed and index.codec in DECORD_CODECS
+    if is_safe and any(name in index.container for name in DECORD_CONTAINERS):
+        try:
+            return _decode_with_decord(path, index, numbers)
+        except Exception:  # decord's own error is a bare Exception; PyAV says what is wrong
+            pass
+    try:
+        return _decode_with_pyav(path, index, numbers)
+    except av.FFmpegError as error:
+        reason = f"damaged, it opens but does not decode: {_brief(error)}"
+        raise VideoError(path, reason) from error
+
+
+def _read(path, choose) -> Clip:
+    """Read the frames that `choose(num_frames, fps)` names; any order, repeats allowed."""
+    index = _index(path)
+    total = len(index.pts)
+    indices = np.asarray(choose(total, index.fps), dtype=int)  # (T,)
+    bad = indices[(indices < 0) | (indices >= total)]
+    if bad.size:
+        raise VideoError(path, f"frame {bad[0]} was asked for, it has frames 0 to {total - 1}")
+    numbers, places = np.unique(indices, return_inverse=True)
+    frames = _decode(path, index, numbers)[places]  # (T, H, W, 3)
+    return Clip(frames, indices, index.seconds(indices), total, index.fps, total / index.fps)
+
+
+# ---- the public readers ---------------------------------------------------------------------
+
+
+def probe(path) -> VideoInfo:
+    """Count frames and read sizes and times, decoding the first frame only."""
+    index = _index(path)
+    height, width = _decode(path, index, [0]).shape[1:3]
+    total = len(index.pts)
+    return VideoInfo(total, index.fps, total / index.fps, width, height, index.codec)
+
+
+def read_frames(path, indices=None) -> np.ndarray:
+    """The frames numbered `indices` (None: all), in that order -> (T, H, W, 3) uint8 RGB."""
+    return _read(path, lambda total, fps: range(total) if indices is None else indices).frames
+
+
+def sample_frames(
+    path, num_frames=16, sampling="uniform", fps=1.0, max_frames=64, timeout_s=None
+) -> Clip:
+    """Sample a clip: `num_frames` evenly ("uniform"), or `fps` per second capped at `max_frames`.
+
+    With `timeout_s` the decoding happens in a child process, which is killed when it hangs; the
+    child serves many clips, so that only its first start costs time. Raises VideoError.
+    """
+    request = dict(num_frames=num_frames, sampling=sampling, fps=fps, max_frames=max_frames)
+    _choose(1, 1.0, **request)  # a wrong request is not the clip's fault
+    if timeout_s is not None:
+        from tlv.video_child import child
+
+        return child().ask(path, request, timeout_s)
+    return _read(path, lambda total, native_fps: _choose(total, native_fps, **request))
+
+
+def read_image(path) -> np.ndarray:
+    """A picture as a clip of one frame -> (1, H, W, 3) uint8 RGB, camera rotation applied."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    except (OSError, SyntaxError) as error:
+        raise VideoError(path, f"not a readable picture: {_brief(error)}") from error
+
+
+# ---- writing --------------------------------------------------------------------------------
+
+
+def write_video(path, frames, fps, crf=18) -> None:
+    """Write (T, H, W, 3) uint8 RGB frames as an H.264 MP4; the same frames give the same bytes.
+
+    H and W must be even (4:2:0 colour). One thread, no dates in the file, renamed when complete.
+    """
+    frames, path = np.asarray(frames), Path(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"{path}: frames must be (T, H, W, 3) uint8, T >= 1, "
+                         f"not {frames.shape} {frames.dtype}")
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: H.264 wants an even height and width, not {height} x {width}")
+    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    try:
+        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as out:
+            stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.codec_context.thread_count = 1
+            stream.options = {"crf": str(crf), "preset": "veryfast"}
+            for frame in frames:
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
