@@ -136,9 +136,7 @@ def train_vision(
         if step % 100 == 0 or step == num_steps - 1:
             top1 = (out.image_embeds @ out.text_embeds.T).argmax(1)
             hit = same[torch.arange(batch_size), top1].float().mean()
-            log(
-                f"vision step {step}: loss {losses[-1]:.3f}, caption found among {batch_size}: {hit:.2f}"
-            )
+            log(f"vision step {step}: loss {losses[-1]:.3f}, right caption first: {hit:.2f}")
     processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     for part in (model, processor, tokenizer):
         part.save_pretrained(Path(out_dir))
@@ -148,7 +146,7 @@ def train_vision(
 def train_llm(
     out_dir, *, tokenizer, seed, num_steps, batch_size, lr, width, num_layers, template, log=print
 ):
-    """Train the Qwen2-form language model on texts alone and save its folder. Returns the losses."""
+    """Train the Qwen2-form language model on texts and save its folder. Returns the losses."""
     rng, _ = np.random.default_rng([seed, 2]), torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

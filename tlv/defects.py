@@ -2,7 +2,8 @@
 
 A defect is planted in a clip (then every annotation of that clip is bad) or in one annotation.
 The truth is returned apart, so that notebook 01 can score its filters; file names and order say
-nothing. Beside the defects stand clean look-alikes, which a filter must keep. Taught in notebook 01.
+nothing. Beside the defects stand clean look-alikes, which a filter must keep. Taught in
+notebook 01.
 """
 
 import copy

@@ -61,7 +61,7 @@ def frame_caption(scene: Scene, frame: int) -> str:
 
 
 def frame_log(scene: Scene, num_frames: int = 16) -> str:
-    """A scene told frame by frame in words: how a text-only LLM learns to read a course of events."""
+    """A scene told frame by frame: how a text-only LLM learns to read a course of events."""
     frames = np.linspace(0, scene.num_frames - 1, num_frames, dtype=int)
     told = []
     for frame in frames:
