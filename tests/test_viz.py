@@ -1,0 +1,67 @@
+"""Figures: the same bytes every time, of modest size, true to their numbers."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tlv import viz
+
+TOKENS = ["USER", ":", *["<video>"] * 64, "\n", " Colour", "?", " red", ".", "<|endoftext|>"]
+SUPERVISED = [t in (" red", ".", "<|endoftext|>") for t in TOKENS]
+FRAMES = np.full((16, 48, 48, 3), 220, np.uint8)
+for t in range(16):
+    FRAMES[t, 10:30, 2 * t : 2 * t + 16] = 200, 30, 30  # a red square that moves right
+FIGURES = {
+    "pipeline_strip": lambda: viz.pipeline_strip("02"),
+    "frame_strip": lambda: viz.frame_strip(FRAMES, np.arange(16) / 8, "A clip", marked=[2]),
+    "one_frame": lambda: viz.frame_strip(FRAMES[:1], [0.5]),
+    "token_mask": lambda: viz.token_mask(TOKENS, SUPERVISED, "The answers count"),
+    "loss_curve": lambda: viz.loss_curve(([1, 2, 3], [3, 2, 1]), ([1, 3], [3, 1]), "It falls"),
+    "bars_with_ci": lambda: viz.bars_with_ci(["a", "b"], [0.9, 1], [0.8, 0.9], [1, 1], [0.2, 0.5]),
+    "bars": lambda: viz.bars_with_ci(["x"], [1.2e6], unit_range=False, xlabel="parameters"),
+    "confusion": lambda: viz.confusion([[5, 1], [0, 7]], ["left", "right"], "Mostly right"),
+    "reliability": lambda: viz.reliability([0.1, 0.9, 0.95, 1.0], [0, 1, 1, 1], "Calibrated"),
+    "heatmap": lambda: viz.heatmap(np.eye(4), "Each looks at itself", "key", "query", "weight"),
+    "lines": lambda: viz.lines({"group": ([1, 2], [3, 4])}, "Up", "frames", "cost", ["connector"]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_is_deterministic_small_and_not_kept(name, tmp_path):
+    first, second = tmp_path / "a" / "1.png", tmp_path / "a" / "2.png"
+    fig = viz.save(FIGURES[name](), first)
+    viz.save(FIGURES[name](), second)
+    assert fig.axes and viz.plt.get_fignums() == []  # a notebook cell shows it once
+    assert first.read_bytes() == second.read_bytes()
+    assert len(list(first.parent.iterdir())) == 2  # no drafts left
+    assert first.stat().st_size < 60_000
+    assert Image.open(first).width < 1200
+
+
+def test_strip_lights_the_present_step_by_name_or_number():
+    bold = [
+        [t.get_text() for t in viz.pipeline_strip(step).axes[0].texts if t.get_weight() == "bold"]
+        for step in ("02", "architecture")
+    ]
+    assert bold == [["02 architecture"]] * 2
+    with pytest.raises(ValueError):
+        viz.pipeline_strip("no such step")
+
+
+def test_frame_strip_shows_every_time():
+    fig = viz.frame_strip(FRAMES[:3], [0, 0.125, 1.5])
+    assert [ax.get_title() for ax in fig.axes] == ["0.00 s", "0.12 s", "1.50 s"]
+    with pytest.raises(ValueError):
+        viz.frame_strip(FRAMES[:3], [0, 1])
+
+
+def test_token_tiles_merge_the_video_and_colour_the_answers():
+    tiles = viz._tiles(TOKENS, SUPERVISED)
+    assert ("<video> x 64", "video") in tiles and len(tiles) == len(TOKENS) - 63
+    assert [text for text, kind in tiles if kind == "answer"] == ["␣red", ".", "<|endoftext|>"]
+
+
+def test_intervals_end_where_they_are_said_to():
+    fig = viz.bars_with_ci(["a"], [0.5], [0.4], [0.7])
+    (segment,) = fig.axes[0].collections[0].get_segments()
+    np.testing.assert_allclose(segment[:, 0], [0.4, 0.7])
