@@ -1,0 +1,121 @@
+"""Run one notebook as a stage of the pipeline: the only commands in dvc.yaml.
+
+`python -m tlv.stage code NN_name`  writes the notebook's code cells to outputs/.code/: what the
+    stage depends on, so that editing prose or saving outputs reruns nothing.
+`python -m tlv.stage run NN_name --preset tiny`  runs the notebook with params/tiny/NN_name.yaml
+    through Papermill, and leaves the executed copy in outputs/tiny/NN_name/run.ipynb.
+"""
+
+import argparse
+import os
+import resource
+import sys
+import time
+
+import yaml
+
+from tlv import ROOT, notebooks
+from tlv.costs import record_cost
+from tlv.notebooks import NotebookError
+
+START_ATTEMPTS = 2  # a kernel now and then fails to start on a busy machine
+
+
+def load_stage_params(name: str, preset: str, notebook) -> dict:
+    """params/<preset>/<name>.yaml, checked against the notebook's parameters cell, plus out_dir."""
+    path = ROOT / "params" / preset / f"{name}.yaml"
+    if not path.is_file():
+        there = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir())
+        raise NotebookError(f"{path.relative_to(ROOT)}: no such file; presets: {', '.join(there)}")
+    source, where = str(path.relative_to(ROOT)), f"notebooks/{name}.ipynb"
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise NotebookError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise NotebookError(f"{source}: must be `name: value` lines, not {type(values).__name__}")
+    if "out_dir" in values:
+        raise NotebookError(f"{source}: remove `out_dir`; the stage sets outputs/{preset}/{name}")
+    values["out_dir"] = f"outputs/{preset}/{name}"
+    notebooks.check_parameters(values, notebook, source, where)
+    return values
+
+
+def write_code(name: str) -> None:
+    """Write the code-only copy; the same bytes for the same code."""
+    notebook = notebooks.read(notebooks.FOLDER / f"{name}.ipynb")
+    notebooks.write(ROOT / "outputs" / ".code" / f"{name}.ipynb", notebooks.code_only(notebook))
+
+
+def run(name: str, preset: str) -> None:
+    """Run one notebook for real. Raises what the notebook raises; the executed copy stays."""
+    source = notebooks.FOLDER / f"{name}.ipynb"
+    notebook = notebooks.read(source)
+    values = load_stage_params(name, preset, notebook)
+    out_dir = ROOT / values["out_dir"]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
+    num_threads = (defaults | values).get("num_threads", 1)
+    # TLV_STAGE tells tlv.smoke that stand-ins are not allowed here. Bars redraw every 5 s.
+    os.environ.update(notebooks.environment(num_threads))
+    os.environ.update({"TLV_STAGE": name, "TQDM_MININTERVAL": "5"})
+    target, start = out_dir / "run.ipynb", time.monotonic()
+    print(f"{name}: running with params/{preset}/{name}.yaml, {num_threads} thread(s)", flush=True)
+    try:
+        _execute(source, target, values)
+    finally:
+        if target.exists():
+            notebooks.write(target, notebooks.canonicalise(notebooks.read(target), name[:2]))
+    seconds = time.monotonic() - start
+    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
+    record_cost(preset, name, seconds, peak_kib)
+    print(f"{name}: done in {seconds:.0f} s, largest process {peak_kib / 2**20:.2f} GiB")
+
+
+def _execute(source, target, values) -> None:
+    import papermill
+    import zmq
+    from nbclient.exceptions import DeadKernelError
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            papermill.execute_notebook(
+                source, target, values, kernel_name="python3", km=notebooks.kernel_manager(),
+                cwd=ROOT, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                extra_arguments=["--IPKernelApp.log_level=40"],
+            )  # fmt: skip
+            return
+        except DeadKernelError:
+            raise
+        except (RuntimeError, zmq.ZMQError) as error:  # the kernel never answered
+            if attempt == START_ATTEMPTS:
+                raise
+            print(f"the kernel did not start ({error}); trying again", file=sys.stderr)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tlv.stage", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("code").add_argument("name")
+    run_parser = actions.add_parser("run")
+    run_parser.add_argument("name")
+    run_parser.add_argument("--preset", required=True)
+    options = parser.parse_args(arguments)
+    try:
+        if options.action == "code":
+            write_code(options.name)
+        else:
+            run(options.name, options.preset)
+    except NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if type(error).__name__ not in ("PapermillExecutionError", "DeadKernelError"):
+            raise
+        print(f"error: {options.name} stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
