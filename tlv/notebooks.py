@@ -6,9 +6,11 @@ stores the outputs in place; `python -m tlv.notebooks lint` checks the style rul
 
 import argparse
 import ast
+import contextlib
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,8 @@ import time
 from pathlib import Path
 
 import nbformat
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 
 from tlv import ROOT
@@ -192,14 +196,20 @@ def _joined(outputs) -> list:
 # ---- the smoke run --------------------------------------------------------------------------
 
 
-def kernel_manager():
-    """A Python kernel over private sockets in a temporary folder: no ports, nothing to collide."""
-    from jupyter_client.manager import AsyncKernelManager
+@contextlib.contextmanager
+def private_kernel():
+    """A kernel manager over sockets in a temporary folder: no ports, so nothing to collide with.
 
+    nbclient leaves a kernel that it was handed running, so it is stopped here.
+    """
     folder = tempfile.mkdtemp(prefix="tlv-")
-    manager = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    manager.ip = f"{folder}/kernel"
-    return manager
+    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
+    try:
+        yield manager
+    finally:
+        if manager.has_kernel:
+            run_sync(manager.shutdown_kernel)(now=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def refresh(name: str) -> None:
@@ -208,8 +218,9 @@ def refresh(name: str) -> None:
     notebook = read(path)
     os.environ.update(environment(num_threads=1) | {"TQDM_DISABLE": "1"})
     start = time.monotonic()
-    client = NotebookClient(notebook, km=kernel_manager(), resources={"metadata": {"path": FOLDER}})
-    client.execute()
+    with private_kernel() as manager:
+        here = {"metadata": {"path": str(FOLDER)}}
+        NotebookClient(notebook, km=manager, resources=here).execute()
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB, the largest process
     record_cost("smoke", name, time.monotonic() - start, peak)
     fill_banner(notebook, name)

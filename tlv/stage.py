@@ -79,11 +79,12 @@ def _execute(source, target, values) -> None:
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            papermill.execute_notebook(
-                source, target, values, kernel_name="python3", km=notebooks.kernel_manager(),
-                cwd=ROOT, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                extra_arguments=["--IPKernelApp.log_level=40"],
-            )  # fmt: skip
+            with notebooks.private_kernel() as manager:
+                papermill.execute_notebook(
+                    source, target, values, kernel_name="python3", km=manager, cwd=ROOT,
+                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                    extra_arguments=["--IPKernelApp.log_level=40"],
+                )  # fmt: skip
             return
         except DeadKernelError:
             raise

@@ -1,0 +1,66 @@
+"""A copy of this working tree as a git repository of its own, for tests that run the pipeline."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tlv import ROOT
+
+
+def run(command, folder, **options) -> str:
+    """Run a command in `folder` with its own tlv; returns what it printed, fails with it."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "DVC_", "TLV_"))}
+    env |= {
+        "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
+        "PYTHONPATH": str(folder),
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(Path(folder).parent / "site-cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=folder, env=env, text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def commit(folder, message="Change") -> None:
+    run(["git", "add", "-A"], folder)
+    run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", message], folder)
+
+
+def make_clone(folder: Path) -> Path:
+    """Copy what git would hold (committed or not) to `folder` and commit it there."""
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
+                            text=True, capture_output=True, check=True).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    run(["git", "init", "-q", "-b", "main"], folder)
+    commit(folder, "Copy")
+    return folder
+
+
+def stages(folder=ROOT) -> dict:
+    """The notebook stages of dvc.yaml: name -> definition."""
+    found = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
+    return {name: stage for name, stage in found.items() if name != "code"}
+
+
+def repro(folder, *arguments) -> list[str]:
+    """`dvc repro`; returns the stages that it ran."""
+    return re.findall(r"Running stage '(.+?)'", run(["dvc", "repro", *arguments], folder))
+
+
+def use_preset(folder, preset: str, params: dict[str, dict]) -> None:
+    """Write params/<preset>/ and make it the preset that runs."""
+    (folder / "params" / preset).mkdir(exist_ok=True)
+    for name, values in params.items():
+        path = folder / "params" / preset / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / "params" / "preset.yaml").write_text(f"preset: {preset}\n")
