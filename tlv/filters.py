@@ -1,0 +1,355 @@
+"""Filters for raw video annotations: each judges one thing and returns (keep, reason).
+
+A filter sees clips and annotations only, never the truth about planted defects; `score_filters`
+alone reads that. Every clip is decoded once (`inspect_clip`), and what the filters need of it is a
+few kilobytes. The published pipeline (TinyLLaVA-Video, arXiv 2501.15513) says only that its data
+went through "multi-step filtering"; these steps are ours. Taught in notebook 01.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tlv.chat import ConversationError, parse_conversation
+from tlv.video import VideoError, sample_frames
+
+GRID = 16  # cells per side of a clip's signature
+KEPT = (True, "")
+Verdict = tuple[bool, str]  # (keep, reason); the reason is empty where the sample is kept
+
+# Which planted kinds each filter is there for (`tlv.defects`); only `score_filters` reads this.
+CATCHES = {
+    "readable": ("unreadable", "truncated", "empty"),
+    "duration": (),
+    "motion": ("static",),
+    "duplicates": ("duplicate", "near_duplicate"),
+    "caption_quality": ("short_caption",),
+    "perplexity": ("degenerate_caption",),
+    "agreement": ("wrong_caption",),
+    "conversation": ("malformed_conversation",),
+    "leakage": ("leaked_test_clip",),
+}
+
+
+# ---- the clip, decoded once -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What the filters know of a clip; `error` says why it cannot be used, else it is empty."""
+
+    error: str = ""
+    duration: float = 0.0  # seconds
+    signature: np.ndarray | None = None  # (T, GRID, GRID, 3) uint8: each sampled frame, tiny
+    digest: str = ""  # equal for equal sampled frames
+    embeddings: torch.Tensor | None = None  # (T', D), unit length, if an image encoder was given
+
+
+def inspect_clip(path, embed: Callable | None = None, num_frames: int = 16, timeout_s=None):
+    """Decode `num_frames` frames of a clip, first and last among them, and keep the facts.
+
+    embed: frames (T, H, W, 3) uint8 -> unit vectors (T', D); see `frame_embedder`.
+    A clip that cannot be decoded gives facts with `error` set. Notebook 01.
+    """
+    try:
+        clip = sample_frames(path, num_frames, timeout_s=timeout_s)
+    except VideoError as error:
+        return ClipFacts(error=error.reason)
+    digest = hashlib.sha256(repr((clip.num_frames_total, clip.frames.shape)).encode())
+    digest.update(np.ascontiguousarray(clip.frames))
+    embeddings = embed(clip.frames) if embed else None
+    return ClipFacts("", clip.duration, _shrink(clip.frames), digest.hexdigest(), embeddings)
+
+
+def _shrink(frames: np.ndarray) -> np.ndarray:
+    """Mean colour of each cell of a GRID x GRID raster: (T, H, W, 3) -> (T, GRID, GRID, 3)."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    cells = F.adaptive_avg_pool2d(pixels, GRID).permute(0, 2, 3, 1)  # (T, GRID, GRID, 3)
+    return cells.round().to(torch.uint8).numpy()
+
+
+# ---- filters of one clip --------------------------------------------------------------------
+
+
+def is_readable(facts: ClipFacts) -> Verdict:
+    """Keep a clip whose sampled frames all decode."""
+    return (False, facts.error) if facts.error else KEPT
+
+
+def has_duration(facts: ClipFacts, min_seconds: float, max_seconds: float) -> Verdict:
+    """Keep a clip that is neither too short to show a course of events nor too long to sample."""
+    if min_seconds <= facts.duration <= max_seconds:
+        return KEPT
+    return False, f"lasts {facts.duration:.2f} s, not {min_seconds:g} to {max_seconds:g} s"
+
+
+def motion_energy(facts: ClipFacts) -> float:
+    """The largest change over time of any cell in any colour, 0..255.
+
+    A maximum and not a mean: one small, slow object, or one change of colour, is motion enough,
+    while the noise that a codec adds to a still picture stays small in every cell.
+    """
+    return float(np.ptp(facts.signature.astype(np.int16), axis=0).max())
+
+
+def is_moving(facts: ClipFacts, min_motion: float) -> Verdict:
+    """Keep a clip in which anything moves or changes."""
+    energy = motion_energy(facts)
+    return KEPT if energy >= min_motion else (False, f"still: motion {energy:.0f} < {min_motion:g}")
+
+
+# ---- filters that compare clips -------------------------------------------------------------
+
+
+def clip_distance(a: ClipFacts, b: ClipFacts) -> float:
+    """How far two clips differ: the largest difference of any cell in any frame, 0..255.
+
+    Encoding again moves every cell a little; another course of the same things moves a few cells
+    by much. So the maximum tells them apart where a mean would not.
+    """
+    return float(np.abs(a.signature.astype(np.int16) - b.signature).max())
+
+
+def find_copies(clips: dict, references: dict, max_distance: float) -> dict[str, tuple[str, str]]:
+    """Clips that repeat a reference: {name: (reference, "exact" or "encoded again")}.
+
+    Both arguments are {name: ClipFacts}. Where they are the same dict, a clip is compared with
+    those before it in name order that are no copies themselves, so that the first one stays.
+    Only clips whose durations agree to about 0.1 s are compared, which is far from all pairs.
+    """
+    exact: dict[str, str] = {}
+    by_duration = defaultdict(list)  # tenths of a second -> names of references
+    is_same = clips is references
+
+    def add(name):
+        exact.setdefault(references[name].digest, name)
+        by_duration[round(references[name].duration * 10)].append(name)
+
+    if not is_same:
+        for name in sorted(references):
+            add(name)
+    found = {}
+    for name in sorted(clips):
+        facts = clips[name]
+        if facts.digest in exact:
+            found[name] = (exact[facts.digest], "exact")
+            continue
+        tenth = round(facts.duration * 10)
+        near = [other for t in (tenth - 1, tenth, tenth + 1) for other in by_duration[t]]
+        twin = next((o for o in near if clip_distance(facts, references[o]) <= max_distance), None)
+        if twin:
+            found[name] = (twin, "encoded again")
+        elif is_same:
+            add(name)
+    return found
+
+
+# ---- filters of one annotation --------------------------------------------------------------
+
+
+def caption_of(sample: dict) -> str:
+    """The last answer of a sample, "" where its conversation cannot be read."""
+    try:
+        return parse_conversation(sample)[-1][1]
+    except ConversationError:
+        return ""
+
+
+def repetition(text: str) -> float:
+    """The share of word pairs that occurred before in the same text, 0..1: a loop comes near 1."""
+    words = re.findall(r"\w+", text.lower())
+    pairs = list(zip(words, words[1:], strict=False))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def is_good_caption(text: str, min_words: int, max_words: int, max_repetition: float) -> Verdict:
+    """Keep a caption of a sensible length that does not run in a loop."""
+    num_words = len(re.findall(r"\w+", text))
+    if not min_words <= num_words <= max_words:
+        return False, f"{num_words} words, not {min_words} to {max_words}: {text[:40]!r}"
+    if (share := repetition(text)) > max_repetition:
+        return False, f"a loop: {share:.0%} of its word pairs repeat: {text[:40]!r}"
+    return KEPT
+
+
+def is_well_formed(sample: dict) -> Verdict:
+    """Keep a conversation that the chat templates can read (see `tlv.chat.parse_conversation`)."""
+    try:
+        parse_conversation(sample)
+    except ConversationError as error:
+        return False, str(error)
+    return KEPT
+
+
+# ---- filters that ask a model ---------------------------------------------------------------
+
+
+def find_outliers(values: dict, side: str, max_deviations: float) -> dict[str, str]:
+    """Entries far "above" or "below" the rest: {name: reason}.
+
+    Far is more than `max_deviations` robust standard deviations (1.4826 x the median distance
+    from the median), which a share of outliers up to a half cannot move: the pool sets its own
+    scale, whatever the model.
+    """
+    if side not in ("above", "below"):
+        raise ValueError(f"side = {side!r}: must be 'above' or 'below'")
+    every = np.array(list(values.values()), dtype=float)
+    if not len(every):
+        return {}
+    middle = np.median(every)
+    deviation = 1.4826 * np.median(np.abs(every - middle))
+    limit = middle + max_deviations * deviation * (1 if side == "above" else -1)
+    far = {n: v for n, v in values.items() if (v > limit if side == "above" else v < limit)}
+    return {name: f"{value:.2f} is {side} {limit:.2f}" for name, value in far.items()}
+
+
+@torch.inference_mode()
+def text_losses(texts: dict, llm, tokenizer, batch_size: int = 64) -> dict[str, float]:
+    """Mean negative log-likelihood in nats per token of each text under a causal language model.
+
+    Its exponential is the perplexity. texts: {name: text}; each is read from the end-of-text
+    token on. Texts go in order of length, so that little is padding. Notebook 01.
+    """
+    names = sorted((n for n in texts if texts[n].strip()), key=lambda n: (len(texts[n]), n))
+    losses = {}
+    for start in range(0, len(names), batch_size):
+        chunk = names[start : start + batch_size]
+        rows = [tokenizer(tokenizer.eos_token + texts[n]).input_ids for n in chunk]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows]).to(llm.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        mask = mask.to(llm.device)  # (B, L)
+        logits = llm(input_ids=ids, attention_mask=mask).logits[:, :-1].float()  # (B, L - 1, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (B, L - 1)
+        mean = (loss * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
+        losses |= dict(zip(chunk, mean.tolist(), strict=True))
+    return losses
+
+
+def frame_embedder(model, image_processor, num_frames: int = 8) -> Callable:
+    """The `embed` of `inspect_clip`: every second frame or so -> unit vectors (T', D) of a SigLIP.
+
+    """
+
+    @torch.inference_mode()
+    def embed(frames: np.ndarray) -> torch.Tensor:
+        some = frames[np.linspace(0, len(frames) - 1, num_frames, dtype=int)]
+        pixels = image_processor(images=list(some), return_tensors="pt").pixel_values
+        return F.normalize(_vector(model.get_image_features(pixels.to(model.device))), dim=-1)
+
+    return embed
+
+
+@torch.inference_mode()
+def text_agreement(clips: dict, captions: dict, model, tokenizer, batch_size: int = 256) -> dict:
+    """How well a caption fits its clip, {name: cosine}, by a SigLIP model (arXiv 2303.15343).
+
+    clips: {name: ClipFacts with embeddings}; captions: {name: text}. A SigLIP sees single frames
+    and reads short texts, so a caption counts by its first sentence (who is to be seen) and the
+    frame that fits it best. Notebook 01.
+    """
+    texts = {name: canonical_text(first_sentence(captions[name])) for name in captions}
+    unique = sorted(set(texts.values()))
+    length = model.config.text_config.max_position_embeddings
+    vectors = {}
+    for start in range(0, len(unique), batch_size):
+        chunk = unique[start : start + batch_size]
+        ids = tokenizer(chunk, padding="max_length", max_length=length, truncation=True,
+                        return_tensors="pt").input_ids.to(model.device)  # fmt: skip
+        found = F.normalize(_vector(model.get_text_features(input_ids=ids)), dim=-1)  # (B, D)
+        vectors |= dict(zip(chunk, found, strict=True))
+    return {n: float((clips[n].embeddings @ vectors[texts[n]]).max()) for n in captions}
+
+
+def _vector(output) -> torch.Tensor:
+    """transformers 5 wraps what `get_*_features` returned as a tensor before."""
+    return output if torch.is_tensor(output) else output.pooler_output
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
+
+
+def canonical_text(text: str) -> str:
+    """Text as SigLIP was trained on it: lower case, no punctuation but commas, single spaces."""
+    return " ".join(re.sub(r"[^\w\s,]", "", text.lower()).split())
+
+
+# ---- the funnel and its score ---------------------------------------------------------------
+
+
+class Funnel:
+    """A pool of samples that goes through filters one after the other.
+
+    pools: {"captions": [sample], "qa": [sample]}. `kept` is what is left of each, `removed` is
+    {filter: {sample id: reason}} and `steps` the number left in each pool after each filter.
+    """
+
+    def __init__(self, pools: dict[str, list[dict]]):
+        self.kept = {name: list(samples) for name, samples in pools.items()}
+        self.removed: dict[str, dict[str, str]] = {}
+        self.steps = [("raw", self._sizes())]
+        ids = Counter(s["id"] for samples in pools.values() for s in samples)
+        if twice := [i for i, count in ids.items() if count > 1]:
+            raise ValueError(f"sample id {twice[0]!r} occurs {ids[twice[0]]} times; ids are unique")
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(samples) for name, samples in self.kept.items()}
+
+    def apply(self, name: str, judge: Callable[[dict], Verdict], pools: Iterable[str] = ()) -> int:
+        """Let `judge` decide on each sample of `pools` (default: all). Returns how many it took."""
+        out = self.removed[name] = {}
+        for pool in pools or self.kept:
+            verdicts = [(sample, *judge(sample)) for sample in self.kept[pool]]
+            self.kept[pool] = [sample for sample, keep, _ in verdicts if keep]
+            out |= {sample["id"]: reason for sample, keep, reason in verdicts if not keep}
+        self.steps.append((name, self._sizes()))
+        return len(out)
+
+    def videos(self) -> list[str]:
+        """The clips that some kept sample still needs, in name order."""
+        return sorted({s["video"] for samples in self.kept.values() for s in samples})
+
+
+def score_filters(removed: dict[str, dict], truth: dict[str, dict]) -> dict[str, dict]:
+    """Precision and recall of each filter, and "overall", against the planted truth.
+
+    removed: {filter: {sample id: reason}} in the order of the filters; truth: {sample id: {"kind",
+    "twin"}} where twin is the sample that a planted copy repeats. Precision: how many of the
+    removed were planted (of any kind). Recall: how many of the planted of the filter's own kinds
+    (`CATCHES`) that had come so far it removed. None where nothing is to be counted.
+    Of a clip and its copies either may stay: if the copy did, the original counts as the copy.
+    """
+    planted = _settle_twins(removed, {i: entry["kind"] for i, entry in truth.items()}, truth)
+    scores, gone = {}, set()
+    for name, taken in removed.items():
+        own = {i for i, kind in planted.items() if kind in CATCHES.get(name, ()) and i not in gone}
+        scores[name] = _rates(set(taken), set(taken) & set(planted), own, own & set(taken))
+        gone |= set(taken)
+    right = gone & set(planted)
+    return scores | {"overall": _rates(gone, right, set(planted), right)}
+
+
+def _settle_twins(removed, planted: dict, truth: dict) -> dict:
+    """Where a copy stayed and its original went as a duplicate, the original is the copy."""
+    duplicates = removed.get("duplicates", ())
+    for copy, entry in truth.items():
+        if entry.get("twin") in duplicates and copy not in duplicates:
+            kind = planted.pop(copy)
+            planted.setdefault(entry["twin"], kind)
+    return planted
+
+
+def _rates(taken: set, right: set, own: set, found: set) -> dict:
+    return {
+        "removed": len(taken),
+        "precision": len(right) / len(taken) if taken else None,
+        "planted": len(own),
+        "recall": len(found) / len(own) if own else None,
+    }
