@@ -1,0 +1,97 @@
+"""Folders that are whole or absent, and the identity of a run."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from tlv import ROOT, checkpoint
+from tlv.config import TrainConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "data.json").write_text("[]")
+    return TrainConfig(model_dir=str(tmp_path / "model"), data=str(tmp_path / "data.json"),
+                       videos_dir=str(tmp_path), out_dir=str(tmp_path / "out"), num_steps=1,
+                       lr_connector=1.0)
+
+
+def make(folder, name="file", text="new"):
+    folder.mkdir(parents=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+def test_the_fingerprint_knows_settings_ranks_inputs_and_code(config, tmp_path, monkeypatch):
+    first = checkpoint.fingerprint(config, 1)
+    assert first == checkpoint.fingerprint(config, 1) and len(first) == 16
+    others = {checkpoint.fingerprint(dataclasses.replace(config, seed=1), 1),
+              checkpoint.fingerprint(config, 2)}
+    (tmp_path / "model" / "config.json").write_text("{ }")
+    others.add(checkpoint.fingerprint(config, 1))
+    (tmp_path / "data.json").write_text("[ ]")
+    others.add(checkpoint.fingerprint(config, 1))
+    make(tmp_path / "copy" / "tlv", "train.py", "")
+    make(tmp_path / "copy" / "params", "deepspeed_zero0.json", "{}")
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "copy")  # other code
+    others.add(checkpoint.fingerprint(config, 1))
+    assert len(others | {first}) == 6
+
+
+def test_unfinished_runs_live_outside_what_the_pipeline_deletes(tmp_path):
+    root = checkpoint.resume_root("outputs/tiny/03_pretraining")
+    assert root == ROOT / "outputs" / ".resume" / "tiny" / "03_pretraining"
+    assert checkpoint.resume_root(tmp_path / "out") == tmp_path / ".resume" / "out"
+
+
+def test_publish_replaces_the_whole_folder(tmp_path):
+    make(tmp_path / "final", "stale", "old")
+    checkpoint.publish(make(tmp_path / "final.tmp"), tmp_path / "final")
+    assert [p.name for p in (tmp_path / "final").iterdir()] == ["file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["final"]
+
+
+def test_a_publish_cut_short_loses_neither_the_old_folder_nor_the_new_one(tmp_path, monkeypatch):
+    final, calls = make(tmp_path / "final", text="old"), []
+    replace = os.replace
+
+    def fail_at_the_second(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.publish(make(tmp_path / "final.tmp"), final)
+    texts = {p.name: (p / "file").read_text() for p in tmp_path.iterdir()}
+    assert texts == {"final.old": "old", "final.tmp": "new"}
+
+
+def test_only_finished_steps_count_and_the_newest_wins(tmp_path):
+    for name in ("step-9", "step-10", "step-11.tmp", "step-8.old"):
+        make(tmp_path / "mark" / name)
+    path, sentence = checkpoint.find_resume(tmp_path, "mark")
+    assert path.name == "step-10" and sentence == "resuming at step 10"
+    checkpoint.remove_others(tmp_path, "mark")
+    assert sorted(p.name for p in (tmp_path / "mark").iterdir()) == ["step-10", "step-9"]
+
+
+def test_a_clean_start_says_why(tmp_path):
+    assert checkpoint.find_resume(tmp_path, "mark")[1] == "starting clean: no unfinished run"
+    make(tmp_path / "other" / "step-3")
+    found, sentence = checkpoint.find_resume(tmp_path, "mark")
+    assert found is None and "settings, inputs or code differ" in sentence
+    checkpoint.remove_others(tmp_path, "mark")
+    assert not (tmp_path / "other").exists()
+
+
+def test_settings_files_of_zero_are_valid():
+    for stage in (0, 2, 3):
+        settings = json.loads((ROOT / "params" / f"deepspeed_zero{stage}.json").read_text())
+        assert settings["zero_optimization"]["stage"] == stage
+        assert "gradient_clipping" not in settings  # max_grad_norm is the one home of clipping

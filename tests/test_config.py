@@ -1,0 +1,104 @@
+"""Settings: what is refused, and whether the message says what would be right."""
+
+import dataclasses
+
+import pytest
+
+from tlv import ROOT
+from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict, build, load_params
+
+GOOD = {"model_dir": "m", "data": "d.json", "videos_dir": "v", "out_dir": "o", "num_steps": 3,
+        "trainable": ["connector"], "lr_connector": 1.0e-3}
+
+
+def params(tmp_path, text):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    return path
+
+
+def refuse(**changes):
+    with pytest.raises(ConfigError) as error:
+        build(TrainConfig, GOOD | changes, "p.yaml")
+    return str(error.value)
+
+
+def test_a_good_mapping_becomes_a_frozen_config():
+    config = build(TrainConfig, GOOD)
+    assert config.trainable == ("connector",) and config.warmup_ratio == 0.03
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize("text,right", [("1e-4", "1.0e-4"), ("5E3", "5.0e+3"),
+                                        ("2.5e3", "2.5e+3")])
+def test_a_number_that_yaml_reads_as_a_string_is_refused(tmp_path, text, right):
+    path = params(tmp_path, f"seed: 0\nlr: {text}\n")
+    with pytest.raises(ConfigError) as error:
+        load_params(path)
+    assert str(path) in str(error.value) and f"lr = {text}" in str(error.value)
+    assert f"write {right}" in str(error.value)
+    import yaml
+    assert isinstance(yaml.safe_load(right), float)
+
+
+def test_numbers_quoted_strings_and_lists_are_read_as_meant(tmp_path):
+    path = params(tmp_path, 'lr: 1.0e-4\nname: "1e-4"\nparts: [connector, llm]\nx: null\nb: true\n')
+    assert load_params(path) == {"lr": 1e-4, "name": "1e-4", "parts": ["connector", "llm"],
+                                 "x": None, "b": True}
+
+
+@pytest.mark.parametrize("text,message", [
+    ("flag: yes", "write true, false"), ("a: 1\na: 2", "twice"), ("a: {b: 1}", "nested"),
+    ("- 1", "must be a mapping"), ("a: [1", "not valid YAML"), ("a: [1, 1e-4]", "1.0e-4")])
+def test_yaml_that_readers_would_not_agree_on_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_params(params(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such"):
+        load_params(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"learning_rate": 1.0}, ["p.yaml", "'learning_rate'", "known keys", "lr_connector"]),
+    ({"lr_connector": "1e-4"}, ["p.yaml", "lr_connector = '1e-4'", "a number"]),
+    ({"num_steps": 2.5}, ["num_steps = 2.5", "integer"]),
+    ({"seed": True}, ["seed = True", "integer"]),
+    ({"gradient_checkpointing": 1}, ["true or false"]),
+    ({"trainable": "connector"}, ["a list", "'connector', 'llm', 'vision'"]),
+    ({"trainable": ["conector"]}, ["conector", "'connector'"]),
+    ({"precision": "float16"}, ["'float16'", "'fp16'"]),
+    ({"trainable": ["connector", "llm"]}, ["lr_llm must be a number"]),
+    ({"lr_vision": 1.0}, ["lr_vision = 1.0", "trainable does not name"]),
+    ({"num_epochs": 1}, ["exactly one"]),
+    ({"micro_batch_size": 0}, ["micro_batch_size = 0", "> 0"]),
+    ({"max_bad_share": 5}, ["max_bad_share = 5", "[0, 1]"]),
+    ({"val_every": 2}, ["needs val_data"]),
+    ({"cache_features": True, "trainable": ["vision"], "lr_connector": None, "lr_vision": 1.0},
+     ["frozen vision encoder"]),
+])
+def test_wrong_settings_end_in_a_message_that_says_what_is_right(changes, words):
+    message = refuse(**changes)
+    assert all(word in message for word in words), message
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ConfigError, match="missing key data, videos_dir"):
+        build(TrainConfig, {"model_dir": "m", "out_dir": "o"})
+
+
+def test_paths_inside_the_project_are_stored_the_same_in_every_clone():
+    config = build(TrainConfig, GOOD | {"out_dir": str(ROOT / "outputs" / "x"), "data": "/d.json"})
+    stored = as_dict(config)
+    assert stored["out_dir"] == "outputs/x" and stored["data"] == "/d.json"
+    assert as_dict(build(TrainConfig, stored)) == stored
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"hostfile": "hosts"}, "launcher: deepspeed only"), ({"num_nodes": 2}, "master_addr"),
+    ({"num_ranks": 0}, "num_ranks = 0"), ({"node_rank": 1}, "node_rank = 1")])
+def test_launch_settings_that_cannot_work_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        build(LaunchConfig, changes)

@@ -1,0 +1,100 @@
+"""How ranks are started; the command is a pure function, so no GPU or second machine is needed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tlv.config import LaunchConfig, TrainConfig
+from tlv.launch import LaunchError, _run, command, environment
+
+CONFIG = TrainConfig(model_dir="m", data="d", videos_dir="v", out_dir="o", num_steps=1,
+                     lr_connector=1.0, device="cpu", num_threads=2)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = open(f"/proc/{pid}/stat").read().rsplit(")")[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(claim, seconds=10):
+    end = time.time() + seconds
+    while not claim() and time.time() < end:
+        time.sleep(0.05)
+    assert claim()
+
+
+def test_one_rank_needs_no_launcher():
+    assert command("c.json", LaunchConfig(), 5) == [sys.executable, "-m", "tlv.train", "c.json"]
+
+
+def test_many_ranks_go_through_torchrun():
+    assert command("c.json", LaunchConfig(num_ranks=4), 29501) == [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--nnodes=1",
+        "--node_rank=0", "--master_addr=127.0.0.1", "--master_port=29501", "--module",
+        "tlv.train", "c.json"]
+
+
+def test_several_machines_with_torchrun_name_the_first_one():
+    config = LaunchConfig(num_ranks=8, num_nodes=2, node_rank=1, master_addr="a", master_port=7)
+    line = command("c.json", config, 7)
+    assert {"--nnodes=2", "--node_rank=1", "--master_addr=a", "--master_port=7"} <= set(line)
+
+
+def test_several_machines_with_deepspeed_read_the_hostfile():
+    config = LaunchConfig(num_ranks=8, num_nodes=2, launcher="deepspeed", hostfile="hosts",
+                          master_addr="a", master_port=7)
+    assert command("c.json", config, 7) == [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=hosts", "--num_nodes=2",
+        "--num_gpus=8", "--master_addr=a", "--master_port=7", "--no_local_rank", "--module",
+        "tlv.train", "c.json"]
+    assert "TLV_END_WITH_PARENT" not in environment(CONFIG, config, {})
+
+
+def test_the_ranks_environment_is_clean_and_its_threads_are_set():
+    env = environment(CONFIG, LaunchConfig(), {
+        "RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x",
+        "HOME": "/h", "OMP_NUM_THREADS": "64"})
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(env)
+    assert env["OMP_NUM_THREADS"] == "2" and env["HOME"] == "/h"
+    assert env["DS_ACCELERATOR"] == "cpu" and env["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_failure_shows_the_end_of_the_log(tmp_path, capsys):
+    code = "[print('line', i) for i in range(99)]; raise SystemExit('no such clip')"
+    with pytest.raises(LaunchError) as error:
+        _run([sys.executable, "-c", code], dict(os.environ), tmp_path / "log")
+    assert "exit code 1" in str(error.value) and "no such clip" in str(error.value)
+    assert "line 5\n" not in str(error.value) and "line 5\n" in (tmp_path / "log").read_text()
+    assert "line 5\n" in capsys.readouterr().err  # all of it was shown as it came
+
+
+def test_an_interrupt_stops_the_ranks(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {os.getcwd()!r})\n"
+            "from pathlib import Path; import os; from tlv.launch import _run\n"
+            "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+            f"_run([sys.executable, '-c', child], dict(os.environ), Path({str(tmp_path)!r}) / 'l')")
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    child = int(parent.stderr.readline())
+    assert is_alive(child)
+    parent.send_signal(signal.SIGINT)
+    wait_until(lambda: not is_alive(child))
+    assert parent.wait(10) != 0
+    parent.stderr.close()
+
+
+def test_ranks_end_when_the_launcher_is_killed():
+    code = ("from tlv.ranks import end_with_parent; import time; end_with_parent();"
+            "print('up', flush=True); time.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"up\n"
+    child.stdin.close()  # what the system does with the pipe of a killed launcher
+    assert child.wait(10) == 1
+    child.stdout.close()

@@ -1,0 +1,184 @@
+"""Checkpoints that are whole or absent: a run killed at any moment leaves one that loads.
+
+Unfinished runs live in `outputs/.resume/<stage>/<fingerprint>/step-N/`, outside what DVC deletes.
+A folder is written as `step-N.tmp`, flushed to disk, then renamed; older ones go only after that.
+The fingerprint covers settings, inputs and code: a run resumes only where all are equal.
+Nothing is unpickled: tensors load with `weights_only=True`. Notebook 03.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from tlv import ROOT
+from tlv.config import as_dict, resolve
+from tlv.files import write_json
+
+STEP = re.compile(r"step-(\d+)")
+
+
+# ---- identity -------------------------------------------------------------------------------
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(config, world_size: int) -> str:
+    """16 hex digits of settings, number of ranks, annotations, model folder, code and versions."""
+    inputs = [config.data, config.val_data, config.zero_config]
+    files = [resolve(p) for p in inputs if p is not None]
+    files += sorted(p for p in resolve(config.model_dir).rglob("*") if p.is_file())
+    files += sorted((ROOT / "tlv").glob("*.py"))
+    parts = [as_dict(config), world_size, torch.__version__, [_hash_file(p) for p in files]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resume_root(out_dir) -> Path:
+    """Where unfinished runs of the stage that writes `out_dir` live: never inside `out_dir`."""
+    out_dir, outputs = resolve(out_dir).resolve(), ROOT / "outputs"
+    if out_dir.is_relative_to(outputs):
+        return outputs / ".resume" / out_dir.relative_to(outputs)
+    return out_dir.parent / ".resume" / out_dir.name
+
+
+# ---- whole or absent ------------------------------------------------------------------------
+
+
+def publish(draft: Path, final: Path) -> None:
+    """Flush the folder `draft` to disk and rename it to `final`, replacing what was there."""
+    for path in [*sorted(draft.rglob("*")), draft]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(draft, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """Finished step folders, oldest first; unfinished ones (`.tmp`, `.old`) do not count."""
+    steps = [p for p in folder.glob("step-*") if STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(steps, key=lambda p: int(STEP.fullmatch(p.name)[1]))
+
+
+def find_resume(root: Path, mark: str) -> tuple[Path | None, str]:
+    """The newest checkpoint of the run with fingerprint `mark`, and the sentence that says so."""
+    steps = list_steps(root / mark)
+    if steps:
+        return steps[-1], f"resuming at step {STEP.fullmatch(steps[-1].name)[1]}"
+    others = [p for p in root.glob("*/step-*") if STEP.fullmatch(p.name)]
+    if others:
+        return None, ("starting clean: the settings, inputs or code differ from those of the "
+                      "unfinished run, which is removed")
+    return None, "starting clean: no unfinished run"
+
+
+def remove_others(root: Path, mark: str) -> None:
+    """Delete unfinished runs with another fingerprint, and this run's unfinished drafts."""
+    for folder in root.glob("*"):
+        if folder.is_dir() and folder.name != mark:
+            shutil.rmtree(folder)
+    for folder in [*(root / mark).glob("*.tmp"), *(root / mark).glob("*.old")]:
+        shutil.rmtree(folder)
+
+
+# ---- the state of a run ---------------------------------------------------------------------
+
+
+def _use_safe_loading(engine) -> None:
+    """DeepSpeed loads checkpoints as pickles; load tensors and a few named classes instead."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, getattr, set]
+
+    def load(path, map_location=None):
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine.load = load
+
+
+def save_step(engine, folder: Path, step: int, state: dict, ranks) -> None:
+    """Every rank calls it. Saves trained weights, optimizer, loss scale, RNG and `state` (JSON).
+
+    Frozen weights are left out: they are those of `model_dir`, which the fingerprint covers.
+    """
+    draft, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
+    if ranks.is_first:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    ranks.barrier()
+    engine.save_checkpoint(str(draft), tag="engine", save_latest=False,
+                           exclude_frozen_parameters=True)
+    random_state = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        random_state["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    torch.save(random_state, draft / f"random-{ranks.rank}.pt")
+    if ranks.is_first:
+        write_json(draft / "state.json", {"step": step, **state})
+    ranks.barrier()
+    if ranks.is_first:
+        publish(draft, final)
+        for old in list_steps(folder)[:-1]:
+            trash = old.with_name(old.name + ".old")
+            os.replace(old, trash)
+            shutil.rmtree(trash)
+    ranks.barrier()
+
+
+def load_step(engine, path: Path, ranks) -> dict:
+    """The inverse of `save_step`; returns its `state` with `step`."""
+    _use_safe_loading(engine)
+    engine.load_checkpoint(str(path), tag="engine", load_module_strict=False)
+    random_state = torch.load(path / f"random-{ranks.rank}.pt", weights_only=True)
+    torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"], ranks.device)
+    return json.loads((path / "state.json").read_text())
+
+
+# ---- the finished model ---------------------------------------------------------------------
+
+
+def gather_weights(model, is_first: bool) -> dict:
+    """name -> CPU tensor of every parameter and saved buffer; ZeRO-3 shards are put together.
+
+    Every rank calls it; only the first keeps the tensors (the others get an empty dict).
+    """
+    import deepspeed
+
+    weights, saved = {}, set(model.state_dict().keys())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        is_sharded = hasattr(tensor, "ds_id")
+        whole = deepspeed.zero.GatheredParameters([tensor]) if is_sharded else None
+        with whole or contextlib.nullcontext():
+            if is_first and name in saved:
+                weights[name] = tensor.detach().cpu().clone()
+    return weights
+
+
+def save_model(model, processor, final: Path, ranks) -> None:
+    """Write the Hugging Face folder `final`, whole or not at all. Every rank calls it."""
+    weights = gather_weights(model, ranks.is_first)
+    if ranks.is_first:
+        draft = final.with_name(final.name + ".tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        model.save_pretrained(draft, state_dict=weights)
+        processor.save_pretrained(draft)
+        publish(draft, final)
+    ranks.barrier()

@@ -1,0 +1,139 @@
+"""Start ranks as a subprocess, so that the caller holds no device memory: one rank or many.
+
+`launch(config)` runs a stage to its end and shows its progress; it raises LaunchError with the end
+of the log when a rank fails, and stops the ranks when it is interrupted (they also end by
+themselves when this process dies). A finished run with an equal fingerprint is not run again.
+The only place in the workbook that starts training. Taught in notebook 03.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+from tlv import ROOT, checkpoint
+from tlv.config import LaunchConfig, TrainConfig, as_dict, load_json, resolve
+from tlv.files import write_json
+from tlv.ranks import free_port
+from tlv.runlog import say
+
+TAIL_LINES = 40
+# What a launcher sets for its own ranks; the caller may itself run under one.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK",
+                  "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE",
+                  "LOCAL_SIZE", "TLV_END_WITH_PARENT")
+PREFIXES = ("TORCHELASTIC_", "PMI_", "OMPI_")
+
+
+class LaunchError(RuntimeError):
+    """A rank failed; the message ends with the last lines of the log."""
+
+
+def command(config_path, launch_config: LaunchConfig, port: int) -> list[str]:
+    """The command line that starts the ranks of this machine (deepspeed + hostfile: of all).
+
+    Always this Python (never one found on PATH). One rank needs no launcher.
+    """
+    c, python, target = launch_config, [sys.executable, "-m"], ["tlv.train", str(config_path)]
+    if c.hostfile is not None:
+        where = [f"--hostfile={c.hostfile}", f"--num_nodes={c.num_nodes}"]
+    else:
+        where = []
+    if c.launcher == "deepspeed":
+        return [*python, "deepspeed.launcher.runner", *where, f"--num_gpus={c.num_ranks}",
+                f"--master_addr={c.master_addr}", f"--master_port={port}", "--no_local_rank",
+                "--module", *target]
+    if c.world_size == 1:
+        return [*python, *target]
+    return [*python, "torch.distributed.run", f"--nproc_per_node={c.num_ranks}",
+            f"--nnodes={c.num_nodes}", f"--node_rank={c.node_rank}",
+            f"--master_addr={c.master_addr}", f"--master_port={port}", "--module", *target]
+
+
+def environment(config: TrainConfig, launch_config: LaunchConfig, base: dict) -> dict:
+    """The ranks' environment: `base` without another launcher's variables, threads fixed."""
+    env = {k: v for k, v in base.items()
+           if k not in RANK_VARIABLES and not k.startswith(PREFIXES)}
+    threads = str(config.num_threads)
+    env |= {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    env |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), base.get("PYTHONPATH")]))
+    if config.device != "auto":
+        env["DS_ACCELERATOR"] = config.device
+    if config.device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    if launch_config.hostfile is None:  # over ssh there is no stdin to hold
+        env["TLV_END_WITH_PARENT"] = "1"
+    return env
+
+
+def find_finished(config: TrainConfig, launch_config: LaunchConfig) -> bool:
+    """Does out_dir hold the finished run of just these settings, inputs and code?"""
+    out_dir = resolve(config.out_dir)
+    report, model = out_dir / "report.json", out_dir / "checkpoint" / "config.json"
+    if not report.is_file() or not model.is_file():
+        return False
+    mark = checkpoint.fingerprint(config, launch_config.world_size)
+    return load_json(report).get("fingerprint") == mark
+
+
+def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Path:
+    """Train as `config` says; return the folder of the finished model, out_dir/checkpoint.
+
+    Progress streams to stderr (TQDM_DISABLE=1 hides the bar). Raises LaunchError.
+    """
+    from tlv.train import check_inputs
+
+    launch_config = launch_config or LaunchConfig()
+    check_inputs(config)
+    final = resolve(config.out_dir) / "checkpoint"
+    if find_finished(config, launch_config):
+        say(f"a finished run with equal settings, inputs and code is there: {final}")
+        return final
+    root = checkpoint.resume_root(config.out_dir)
+    config_path = root / "config.json"
+    write_json(config_path, as_dict(config))
+    port = launch_config.master_port or free_port()
+    _run(command(config_path, launch_config, port),
+         environment(config, launch_config, dict(os.environ)), root / "train.log")
+    return final
+
+
+def _run(arguments: list[str], env: dict, log_path: Path) -> None:
+    """Run to the end, copying what the ranks say to stderr and to `log_path`."""
+    # Its own session: the launcher and all ranks are one group that can be stopped as a whole.
+    process = subprocess.Popen(arguments, env=env, cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    tail = deque(maxlen=TAIL_LINES)
+    try:
+        with open(log_path, "wb") as log:
+            while chunk := process.stdout.read1(65536):
+                log.write(chunk)
+                text = chunk.decode(errors="replace")
+                sys.stderr.write(text)
+                sys.stderr.flush()
+                tail.extend(line for line in text.splitlines() if line.strip())
+        code = process.wait()
+    finally:
+        _stop(process)
+    if code != 0:
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        lines = "\n".join(tail)
+        raise LaunchError(f"training ended with {name}; the whole log is {log_path}, and its end "
+                          f"is:\n{lines}\ncommand: {' '.join(arguments)}")
+
+
+def _stop(process) -> None:
+    """End what still runs: ask the group, then kill it. Closing stdin ends ranks left behind."""
+    for request in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, request)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+    process.stdin.close()
+    process.stdout.close()

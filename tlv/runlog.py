@@ -1,0 +1,76 @@
+"""What a run tells: log.jsonl (the same bytes for the same run), a progress bar, TensorBoard.
+
+log.jsonl holds one row per optimizer step: step, loss, lr_<part>, grad_norm, num_tokens, and
+val_loss where it was measured (step 0 is before training). No timings: those are on the bar.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tlv.files import write_text
+
+
+def read_log(path) -> list[dict]:
+    """The rows of a log.jsonl."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def say(text: str, is_first: bool = True) -> None:
+    """A line on stderr from the first rank."""
+    if is_first:
+        tqdm.write(f"tlv.train: {text}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def bar(is_first: bool, **options) -> tqdm:
+    """A progress bar on stderr, of the first rank alone; its rate and time left are tqdm's."""
+    if not is_first:
+        options["disable"] = True  # for the first rank the variable TQDM_DISABLE decides
+    return tqdm(file=sys.stderr, dynamic_ncols=True, mininterval=1.0, **options)
+
+
+class RunLog:
+    """Rows of log.jsonl in memory and on disk, and their copy in TensorBoard; first rank only."""
+
+    def __init__(self, out_dir: Path, is_first: bool, rows=(), tensorboard=False):
+        self.rows, self._path, self._is_first = list(rows), out_dir / "log.jsonl", is_first
+        self._writer = None
+        if is_first:
+            write_text(self._path, "".join(_line(row) for row in self.rows))
+            self._writer = _open_tensorboard(out_dir / "tensorboard") if tensorboard else None
+
+    def add(self, row: dict) -> None:
+        """Append one row."""
+        self.rows.append(row)
+        if not self._is_first:
+            return
+        with open(self._path, "a") as file:
+            file.write(_line(row))
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, row["step"])
+
+    def last(self, name: str):
+        """The newest value of a column, or None."""
+        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _open_tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError("tensorboard = true, but it is not installed: "
+                           "pip install tensorboard, or set tensorboard to false") from error
+    return SummaryWriter(str(folder))
