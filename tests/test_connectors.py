@@ -1,0 +1,168 @@
+"""The connectors against numbers computed independently from the published code."""
+
+import numpy as np
+import pytest
+import torch
+
+from tlv.connectors import CONNECTORS, build_connector, group_sizes, position_encoding
+
+SIZES = dict(vision_width=48, llm_width=64, num_queries=32, num_groups=4, num_layers=2)
+
+
+def build(name, **changes):
+    return build_connector(name, **{**SIZES, **changes}).eval()
+
+
+def fill(module):
+    """The weights behind the golden numbers: seeded, in the order of the sorted names."""
+    rng, state = np.random.RandomState(1234), module.state_dict()
+    for key in sorted(state):
+        value = rng.standard_normal(tuple(state[key].shape))
+        if key != "latents" and value.ndim == 1:
+            value = 1 + 0.1 * value if key.endswith("weight") else 0.1 * value
+        elif key != "latents":
+            value = value / np.sqrt(value.shape[1])
+        state[key] = torch.from_numpy(value).float()
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.from_numpy(np.random.RandomState(7).standard_normal((1, 30, 48))).float()
+
+
+GOLDEN = {
+    "group_resampler": (0.435824, 1.178129, 2068.48, [0.59279, 0.14936, -0.50008, 0.01215],
+                        [-1.26574, -0.05998, -0.68219, -1.27765],
+                        [-0.48009, 1.27284, 0.42980, -0.61051]),
+    "naive_resampler": (0.017008, 0.990463, 1619.785, [-0.28588, -0.65664, 1.11196, 0.62992],
+                        [-0.05684, 0.81423, 1.02473, 0.38808],
+                        [-0.23456, 0.52916, -0.25019, -0.60454]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@torch.no_grad()
+def test_golden_values(name, x):
+    mean, std, total, first, sixth, last = GOLDEN[name]
+    y = fill(build(name))(x)
+    assert y.shape == (1, 32, 64)
+    assert y.mean().item() == pytest.approx(mean, abs=2e-6)
+    assert y.std().item() == pytest.approx(std, abs=5e-5)
+    assert y.abs().sum().item() == pytest.approx(total, abs=6e-3)
+    for got, wanted in ((y[0, 0, :4], first), (y[0, 5, :4], sixth), (y[0, -1, -4:], last)):
+        assert torch.allclose(got, torch.tensor(wanted), atol=1e-5)
+
+
+def test_position_encoding_is_rounded_to_half_precision():
+    table = position_encoding(32, 64)
+    wanted = torch.tensor([0.84130859, 0.54052734, 0.68164062, 0.73193359])
+    assert torch.equal(table[1, :4], wanted)
+    assert table[31, 62:].tolist() == pytest.approx([0.00413513, 1.0], abs=1e-8)
+    exact = position_encoding(32, 64, "float32")
+    assert (table - exact).abs().max().item() == pytest.approx(2.4e-4, abs=1e-5)
+    wide = position_encoding(512, 2048) - position_encoding(512, 2048, "float32")
+    assert wide.abs().max().item() == pytest.approx(2.6e-4, abs=3e-5)
+
+
+@pytest.mark.parametrize(
+    "num_patches, longer, size",
+    [(728, 8, 46), (2912, 16, 182), (3640, 8, 228), (5824, 16, 364), (11648, 16, 728),
+     (12376, 8, 774), (14560, 16, 910), (22568, 8, 1411), (46592, 16, 2912)],
+)  # fmt: skip
+def test_group_sizes(num_patches, longer, size):
+    assert group_sizes(num_patches, 16) == [size] * longer + [size - 1] * (16 - longer)
+
+
+def test_group_sizes_of_few_patches(x):
+    assert group_sizes(30, 4) == [8, 8, 7, 7]
+    assert group_sizes(3, 4) == [1, 1, 1, 0]
+    y = build("group_resampler")(x[:, :3])  # the last group reads its own latents only
+    assert y.shape == (1, 32, 64) and y.isfinite().all()
+
+
+@torch.no_grad()
+def test_groups_do_not_see_each_other(x):
+    connector = fill(build("group_resampler"))
+    y = connector(x)
+    for token, rows in ((7, slice(0, 8)), (29, slice(24, 32))):
+        moved = x.clone()
+        moved[0, token] += 1
+        changed = (connector(moved) - y).abs().amax(dim=(0, 2)) > 1e-6
+        assert changed[rows].all() and changed.sum() == 8
+    order = torch.cat([torch.arange(8).flip(0), torch.arange(8, 30)])
+    assert (connector(x[:, order]) - y).abs().max() < 2e-6  # inside a group order is not seen
+    naive = fill(build("naive_resampler"))
+    assert (naive(x[:, order]) - naive(x)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_swapping_groups_swaps_their_tokens(x):
+    connector = fill(build("group_resampler"))
+    order = torch.cat([torch.arange(8, 16), torch.arange(8), torch.arange(16, 30)])
+    table = position_encoding(32, 64)
+    plain, swapped = connector(x)[0] - table, connector(x[:, order])[0] - table
+    assert torch.allclose(swapped[:8], plain[8:16], atol=1e-5)
+    assert torch.allclose(swapped[16:], plain[16:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_group_is_the_naive_resampler_but_for_the_positions(x):
+    group, naive = fill(build("group_resampler", num_groups=1)), fill(build("naive_resampler"))
+    naive.positions = lambda media: 0.0
+    assert torch.allclose(group(x) - position_encoding(32, 64), naive(x), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+@torch.no_grad()
+def test_padded_clips_equal_single_clips(name):
+    """Clips of unequal length in one call give what each gives alone, whatever the padding is."""
+    torch.manual_seed(0)
+    connector, lengths = build(name), [30, 32, 7, 3]
+    x = torch.randn(4, 32, 48) * 3
+    y = connector(x, lengths)
+    for row, length in enumerate(lengths):
+        alone = connector(x[row : row + 1, :length])[0]
+        assert len(alone) == connector.num_tokens(length)
+        assert torch.allclose(y[row, : len(alone)], alone, atol=1e-5)
+
+
+def test_state_dict_names_and_paper_size_counts():
+    with torch.device("meta"):
+        sizes = dict(vision_width=1152, num_queries=512, num_groups=16, num_layers=3)
+        models = {(n, d): build(n, **sizes, llm_width=d)
+                  for n in ("group_resampler", "naive_resampler") for d in (2048, 2560)}  # fmt: skip
+    counts = {key: sum(p.numel() for p in m.parameters()) for key, m in models.items()}
+    assert counts == {
+        ("group_resampler", 2048): 115_714_048, ("naive_resampler", 2048): 116_697_088,
+        ("group_resampler", 2560): 176_099_840, ("naive_resampler", 2560): 177_328_640,
+    }  # fmt: skip
+    state = {k: tuple(v.shape) for k, v in models["group_resampler", 2048].state_dict().items()}
+    layer = {
+        "0.norm_media.weight": (2048,), "0.norm_media.bias": (2048,),
+        "0.norm_latents.weight": (2048,), "0.norm_latents.bias": (2048,),
+        "0.to_q.weight": (512, 2048), "0.to_kv.weight": (1024, 2048),
+        "0.to_out.weight": (2048, 512), "1.0.weight": (2048,), "1.0.bias": (2048,),
+        "1.1.weight": (8192, 2048), "1.3.weight": (2048, 8192),
+    }  # fmt: skip
+    wanted = {"latents": (32, 2048), "linear.weight": (2048, 1152), "linear.bias": (2048,),
+              "norm.weight": (2048,), "norm.bias": (2048,)}  # fmt: skip
+    wanted |= {f"layers.{i}.{k}": shape for i in range(3) for k, shape in layer.items()}
+    assert state == wanted and len(state) == 38
+
+
+def test_every_parameter_of_a_resampler_learns():
+    for name in ("group_resampler", "naive_resampler"):
+        connector = build(name)
+        connector(torch.randn(2, 16, 48)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
+
+
+def test_bad_connectors_are_refused():
+    with pytest.raises(ValueError, match="num_queries = 30 .* num_groups = 4"):
+        build("group_resampler", num_queries=30)
+    with pytest.raises(ValueError, match="'mlp' is unknown; known are linear, mlp2x_gelu, naive"):
+        build("mlp")
+    with pytest.raises(ValueError, match="'bfloat16' is unknown; known are float16, float32"):
+        build("naive_resampler", position_dtype="bfloat16")
