@@ -131,8 +131,11 @@ def test_padded_clips_equal_single_clips(name):
 def test_state_dict_names_and_paper_size_counts():
     with torch.device("meta"):
         sizes = dict(vision_width=1152, num_queries=512, num_groups=16, num_layers=3)
-        models = {(n, d): build(n, **sizes, llm_width=d)
-                  for n in ("group_resampler", "naive_resampler") for d in (2048, 2560)}  # fmt: skip
+        models = {
+            (name, width): build(name, **sizes, llm_width=width)
+            for name in ("group_resampler", "naive_resampler")
+            for width in (2048, 2560)
+        }
     counts = {key: sum(p.numel() for p in m.parameters()) for key, m in models.items()}
     assert counts == {
         ("group_resampler", 2048): 115_714_048, ("naive_resampler", 2048): 116_697_088,

@@ -1,0 +1,229 @@
+"""Conversations -> text -> token ids and labels. The only file that knows special tokens.
+
+A conversation is a list of turns (question, answer); an answer of None asks for one. A clip or a
+picture stands in one question as `<video>`, in front of the words. The templates `pretrain`,
+`qwen2_base`, `phi` and `gemma` are TinyLLaVA-Video's; `qwen2_chat` is Qwen2.5's ChatML.
+Taught in notebooks 03 (label mask) and 04 (several turns).
+"""
+
+import re
+from dataclasses import dataclass
+
+VIDEO_TOKEN = "<video>"  # what a visual is in text; `<image>` means the same
+IGNORE_INDEX = -100  # the label of a token that is not learnt
+PLACEHOLDER = re.compile(r"<(?:video|image)>")
+ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be used; names the sample, the turn and what would be right."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become text: system once, then prompt and answer for every turn.
+
+    `prompt` holds {q}, the question with its visual; None: the visual alone, without the words.
+    `answer` holds {a} and all that is learnt; `after` follows an answered turn and is not learnt.
+    `stop` is the token that ends an answer.
+    """
+
+    system: str
+    prompt: str | None
+    answer: str
+    stop: str
+    after: str = ""
+
+
+_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+           "gives helpful, detailed, and polite answers to the user's questions. ")
+
+
+def _vicuna(stop: str) -> Template:
+    return Template(_VICUNA, "USER: {q} ASSISTANT:", " {a}" + stop, stop)
+
+
+TEMPLATES = {
+    "pretrain": Template("", None, "{a}\n", "\n"),
+    "qwen2_base": _vicuna("<|endoftext|>"),
+    "phi": _vicuna("<|endoftext|>"),
+    "gemma": _vicuna("<eos>"),
+    "qwen2_chat": Template(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n",
+        "{a}<|im_end|>",
+        "<|im_end|>",
+        after="\n",
+    ),
+}
+
+
+def get_template(name: str) -> Template:
+    """A template by name; ValueError lists the known ones."""
+    if name not in TEMPLATES:
+        raise ValueError(f"template {name!r} is unknown; known are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def with_video(question: str) -> str:
+    """The question with one visual in front, wherever (and however named) it stood before."""
+    return f"{VIDEO_TOKEN}\n{PLACEHOLDER.sub('', question).strip()}"
+
+
+# ---- annotations -> turns -------------------------------------------------------------------
+
+
+def parse_conversation(sample: dict) -> list[tuple[str, str]]:
+    """A LLaVA annotation -> turns, the visual moved to the front of its question as `<video>`.
+
+    Raises ConversationError unless human (or user) and gpt (or assistant) alternate, every turn
+    has words, and the sample names a clip or picture exactly where a question holds a placeholder.
+    """
+    name, values = sample.get("id", "(no id)"), sample.get("conversations")
+    if not isinstance(values, list) or not values or len(values) % 2:
+        count = len(values) if isinstance(values, list) else "no"
+        raise ConversationError(f"sample {name!r}: {count} turns; they must be human, gpt, "
+                                "human, gpt ..., ending with gpt")
+    texts = [_read_turn(name, index, value) for index, value in enumerate(values)]
+    turns = list(zip(texts[::2], texts[1::2], strict=True))
+    num_visuals = sum(len(PLACEHOLDER.findall(text)) for text in texts)
+    wanted = 1 if sample.get("video") or sample.get("image") else 0
+    if num_visuals != wanted:
+        raise ConversationError(f"sample {name!r}: {num_visuals} placeholders (<video> or <image>) "
+                                f"in its turns, but {wanted} video or image; one of each is right")
+    return [(with_video(q) if PLACEHOLDER.search(q) else q, a) for q, a in turns]
+
+
+def _read_turn(name, index, turn) -> str:
+    role = turn.get("from") if isinstance(turn, dict) else None
+    text = turn.get("value") if isinstance(turn, dict) else None
+    speaker = ("human (or user)", "gpt (or assistant)")[index % 2]
+    if ROLES.get(role) != index % 2:
+        raise ConversationError(f"sample {name!r}, turn {index}: from {role!r}, must be {speaker}")
+    if not isinstance(text, str) or not text.strip():
+        raise ConversationError(f"sample {name!r}, turn {index}: value {text!r}, must be words")
+    if index % 2 and PLACEHOLDER.search(text):
+        raise ConversationError(f"sample {name!r}, turn {index}: a placeholder in an answer; "
+                                "it belongs in a question")
+    return text.strip()
+
+
+# ---- turns -> text --------------------------------------------------------------------------
+
+
+def render(turns, template: str) -> str:
+    """The text of a conversation; a last answer of None leaves the prompt for it open."""
+    return "".join(text for text, _ in _pieces(turns, get_template(template)))
+
+
+def _pieces(turns, template: Template):
+    """(text, is learnt) in order. Only the last answer may be None."""
+    turns = list(turns)
+    if any(answer is None for _, answer in turns[:-1]):
+        raise ConversationError("only the last answer of a conversation may be missing")
+    for index, (question, answer) in enumerate(turns):
+        if template.prompt is None:
+            prompt = VIDEO_TOKEN if VIDEO_TOKEN in question else ""
+        else:
+            prompt = template.prompt.replace("{q}", question)
+        yield (template.system if index == 0 else "") + prompt, False
+        if answer is not None:
+            yield template.answer.replace("{a}", answer), True
+            yield template.after, False
+
+
+def to_jinja(template: str) -> str:
+    """The same template for `apply_chat_template`: messages of role and content -> `render`.
+
+    Content is a string, or blocks of type video, image and text. With add_generation_prompt
+    nothing is added: a last user message already ends in the open prompt.
+    """
+    form = get_template(template)
+    if form.prompt is None:
+        prompt = "{{ '" + VIDEO_TOKEN + "' if s.visual or '" + VIDEO_TOKEN + "' in s.text }}"
+    else:
+        before, after = form.prompt.split("{q}")
+        prompt = (_quote(before) + "{{ '" + VIDEO_TOKEN + "\\n' if s.visual }}{{ s.text }}"
+                  + _quote(after))
+    before, after = form.answer.split("{a}")
+    answer = _quote(before) + "{{ s.text }}" + _quote(after + form.after)
+    return (
+        _quote(form.system)
+        + "{%- for message in messages -%}"
+        "{%- set s = namespace(text='', visual=false) -%}"
+        "{%- if message.content is string -%}{%- set s.text = message.content -%}"
+        "{%- else -%}{%- for block in message.content -%}"
+        "{%- if block.type == 'text' -%}{%- set s.text = s.text + block.text -%}"
+        "{%- else -%}{%- set s.visual = true -%}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}"
+        "{%- if message.role == 'user' -%}" + prompt
+        + "{%- elif message.role == 'assistant' -%}" + answer
+        + "{%- else -%}{{ raise_exception('role ' ~ message.role ~ ' is unknown; known are user "
+        "and assistant (the system text is fixed)') }}{%- endif -%}"
+        "{%- endfor -%}"
+    )  # fmt: skip
+
+
+def _quote(text: str) -> str:
+    """Literal text as a Jinja expression, which no whitespace control can trim."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return "{{ '" + escaped + "' }}" if text else ""
+
+
+# ---- text -> ids and labels -----------------------------------------------------------------
+
+
+def video_token_id(tokenizer) -> int:
+    """The id of the placeholder; it may lie outside the LLM's vocabulary, it is never embedded."""
+    index = tokenizer.get_added_vocab().get(VIDEO_TOKEN)
+    if index is None:
+        raise ValueError(f"the tokenizer has no special token {VIDEO_TOKEN}; "
+                         "tlv.model.build_model adds it")
+    return index
+
+
+def stop_token_ids(template: str, tokenizer) -> list[int]:
+    """The ids at which generation ends: the template's stop, and the tokenizer's own end."""
+    stop = tokenizer(get_template(template).stop, add_special_tokens=False).input_ids
+    ends = [stop[0]] if len(stop) == 1 else []
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
+
+
+def encode(turns, template, tokenizer, num_video_tokens=None, max_seq_len=None) -> dict:
+    """Turns -> {"input_ids", "labels"}, lists of equal length (L,).
+
+    The one `<video>` becomes `num_video_tokens` placeholders (None: a conversation without). A
+    token is learnt if it overlaps an answer, from the space before it to its end token; all others
+    are IGNORE_INDEX. Longer conversations are cut at `max_seq_len` tokens, never inside the visual.
+    """
+    pieces, spans, start = list(_pieces(turns, get_template(template))), [], 0
+    for piece, is_learnt in pieces:
+        if is_learnt:
+            spans.append((start, start + len(piece)))
+        start += len(piece)
+    text = "".join(piece for piece, _ in pieces)
+    num_visuals = text.count(VIDEO_TOKEN)
+    if num_visuals != (num_video_tokens is not None):
+        raise ConversationError(f"{num_visuals} {VIDEO_TOKEN} in the conversation, but "
+                                f"num_video_tokens = {num_video_tokens}: {text[:200]!r}")
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    placeholder, ids, labels = video_token_id(tokenizer), [], []
+    for token, place in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+        count = num_video_tokens if token == placeholder else 1
+        ids += [token] * count
+        labels += [token if _overlaps(place, spans) else IGNORE_INDEX] * count
+    if max_seq_len is not None and len(ids) > max_seq_len:
+        if placeholder in ids[max_seq_len:]:
+            raise ConversationError(f"{num_video_tokens} video tokens and what stands before them "
+                                    f"do not fit into max_seq_len = {max_seq_len}")
+        ids, labels = ids[:max_seq_len], labels[:max_seq_len]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _overlaps(place, spans) -> bool:
+    """Does the token at `place` = (start, end) touch a span? Some tokenizers report a lone space
+    as empty, at its end."""
+    start, end = place
+    if start == end:
+        return any(first < start <= last for first, last in spans)
+    return any(start < last and first < end for first, last in spans)
