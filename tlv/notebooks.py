@@ -65,7 +65,7 @@ def read(path) -> nbformat.NotebookNode:
 
 
 def write(path, notebook) -> None:
-    write_text(path, nbformat.writes(notebook))
+    write_text(path, nbformat.writes(notebook).rstrip("\n") + "\n")
 
 
 # ---- parameters -----------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""One set of pins, read everywhere; no torchvision; nothing of one machine in the repository."""
+
+import importlib.util
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+
+from tlv import ROOT, __version__
+
+GPU_ONLY = re.compile(r"^(nvidia-|triton|cuda)")
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in lines), (
+        "requirements.txt holds public pins only: name==version"
+    )
+    return {name(line.split("==")[0]): line.split("==")[1] for line in lines}
+
+
+def name(text) -> str:
+    return re.sub(r"[-_.]+", "-", text).lower()
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_every_dependency_is_pinned_and_no_gpu_wheel_is():
+    assert {name(d) for d in project()["dependencies"]} <= set(pins())
+    assert not [n for n in pins() if GPU_ONLY.match(n)], "torch brings its own GPU wheels"
+    assert pins()["torch"] == "2.13.0" and pins()["transformers"].startswith("5.")
+
+
+def test_installed_packages_are_the_pinned_ones():
+    from importlib.metadata import version
+
+    wrong = {
+        n: (version(n).split("+")[0], pin)
+        for n, pin in pins().items()
+        if version(n).split("+")[0] != pin
+    }
+    assert not wrong, f"installed, pinned: {wrong}; run `make venv`"
+
+
+def test_conda_environment_reads_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [d for d in environment["dependencies"] if isinstance(d, str)]
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-r requirements.txt", "-e ."]
+    (python,) = [d for d in plain if d.startswith("python=")]
+    assert f">={python.split('=')[1]}" in project()["requires-python"]
+    assert "pip" in plain
+    assert {d.split("=")[0] for d in plain} <= {"python", "pip", "git", "make"}
+
+
+def test_version_is_told_once_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project()["version"] == __version__ == citation["version"]
+    identifiers = [r["identifiers"][0]["value"] for r in citation["references"]]
+    assert identifiers == ["arXiv:2402.14289", "arXiv:2501.15513", "arXiv:2504.02438"]
+    assert project()["license"] == citation["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+def test_torchvision_cannot_be_imported():
+    assert importlib.util.find_spec("torchvision") is None, (
+        "torchvision is installed: its CUDA build breaks transformers on a CPU; pip uninstall it"
+    )
+    assert "torchvision" not in pins()
+
+
+def tracked_text() -> list[tuple[str, str]]:
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
+                            text=True, capture_output=True)  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    names = [n for n in listed.stdout.split("\0") if n and (ROOT / n).is_file()]
+    kinds = (".py", ".md", ".toml", ".yml", ".yaml", ".cfg", ".json", ".txt", ".ipynb", ".cff")
+    names = [n for n in names if n.endswith(kinds) or "." not in n.rsplit("/", 1)[-1]]
+    names += [n for n in (".ci/run", ".dvc/config") if n not in names]
+    return [(n, (ROOT / n).read_text()) for n in names if n != "tests/test_environment.py"]
+
+
+@pytest.mark.parametrize("what, pattern", [
+    ("a machine's path", r"(?<![\w.$}])/(home|root|work|Users)/\w"),
+    ("a package registry", r"pypi\.org|files\.pythonhosted|download\.pytorch\.org|index-url"),
+])  # fmt: skip
+def test_tracked_files_name_no(what, pattern):
+    found = [f"{n}: {m[0]}" for n, text in tracked_text() if (m := re.search(pattern, text))]
+    assert not found, f"{what}: {found}"
+
+
+def test_make_prints_its_targets_and_ci_runs_the_tests():
+    done = subprocess.run(["make"], cwd=ROOT, text=True, capture_output=True, check=True)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert targets == {line.split()[0] for line in done.stdout.splitlines()[1:]}
+    assert {"repro", "test", "lab", "notebooks", "book", "remote", "clean"} <= targets
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_code_style():
+    done = subprocess.run(["ruff", "check", "."], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,190 @@
+"""The notebooks: the style rules, and every one run as it is committed and compared (nbval)."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from clone import make_clone
+from nbformat import from_dict
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from tlv import ROOT, notebooks
+from tlv.notebook_style import lint
+
+NAMES = notebooks.names()
+NUMBERS = [n[:2] for n in NAMES]
+
+
+def nbval(name, root=ROOT) -> subprocess.CompletedProcess:
+    """Run a committed notebook with its defaults; cells tagged nbval-check-output are compared."""
+    env = os.environ | notebooks.environment(num_threads=1)
+    env |= {"TQDM_DISABLE": "1", "PYTHONPATH": str(root)}
+    env.pop("TLV_STAGE", None)
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p",
+               "no:cacheprovider", "--nbval-sanitize-with", str(ROOT / "tests/nbval.cfg"),
+               "--nbval-cell-timeout", "300", f"notebooks/{name}.ipynb"]  # fmt: skip
+    return subprocess.run(command, cwd=root, env=env, text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def test_numbers_are_unique_and_without_gaps():
+    assert NUMBERS == [f"{i:02d}" for i in range(len(NAMES))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_style(name):
+    problems = lint(notebooks.FOLDER / f"{name}.ipynb")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_runs_and_prints_what_is_committed(name):
+    done = nbval(name)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.slow
+def test_a_changed_constant_in_tlv_makes_a_notebook_fail(tmp_path):
+    """The comparison bites: the positional encoding's base, ten times too small."""
+    if "02_architecture" not in NAMES:
+        pytest.skip("notebooks/02_architecture.ipynb is not written yet")
+    folder = make_clone(tmp_path / "clone")
+    path = folder / "tlv/connectors.py"
+    text = path.read_text()
+    changed = text.replace("10_000.0", "1_000.0")
+    assert changed != text, "tlv/connectors.py no longer holds the constant that this test changes"
+    path.write_text(changed)
+    done = nbval("02_architecture", folder)
+    assert done.returncode == 1 and "failed" in done.stdout
+
+
+# ---- the rules themselves -------------------------------------------------------------------
+
+PROSE = """\
+## Goal
+After this you can
+- say
+- count
+- build
+|| ## Parameters || ## Setup || ## One || ## Two || ## Three || ## Write the results
+|| ## What you should see || ## Recap
+|| ## Exercises
+1. By hand: add. Cost: a minute.
+2. Change a line. Cost: seconds.
+3. Open: we predict that it falls. Cost: an hour.
+|| ## References"""
+
+
+def good_notebook():
+    parameters = 'seed = 0  # any\nout_dir = "outputs/scratch/00_x"  # results'
+    cells = [new_markdown_cell("# 00 · Title\nWhy?\n\n| run |\n|---|\n| smoke | |\n| tiny | |")]
+    cells += [new_markdown_cell(text.strip()) for text in PROSE.split("||")]
+    cells += [new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+              new_code_cell("from tlv import viz\nviz.pipeline_strip('00')")]  # fmt: skip
+    for i in range(5):
+        cells.append(new_code_cell(f"print({i})", metadata={"tags": ["nbval-check-output"]}))
+        cells[-1].outputs = [new_output("stream", text=f"{i}\n")]
+    notebook = new_notebook(cells=cells)
+    for count, cell in enumerate((c for c in cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+    return notebooks.canonicalise(notebook, "00")
+
+
+def problems_of(notebook, tmp_path) -> str:
+    path = tmp_path / "00_x.ipynb"
+    notebooks.write(path, notebook)
+    return "\n".join(lint(path))
+
+
+def test_a_good_notebook_has_no_problems(tmp_path):
+    assert problems_of(good_notebook(), tmp_path) == ""
+
+
+def replace(old, new):
+    def change(notebook):
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
+
+    return change
+
+
+def change_last(**values):
+    return lambda notebook: notebook.cells[-1].update(from_dict(values))
+
+
+@pytest.mark.parametrize("change, problem", [
+    (replace("# 00 · Title", "# Title"), "must begin `# 00 · Title`"),
+    (replace("Why?", "Because."), "one question"),
+    (replace("| tiny |", "| huge |"), "cost table"),
+    (replace("## Recap", "## Summary"), "sections must begin"),
+    (replace("## Two", "Two"), "2 lesson sections"),
+    (replace("- build", "build"), "three bullets"),
+    (replace("  # any", ""), "`seed = 0` lacks a comment"),
+    (replace("seed = 0", "seed = 1 + 2"), "`seed = 1 + 2` is no literal"),
+    (replace("seed = 0", "sed = 0"), "must hold `seed`"),
+    (replace("outputs/scratch", "outputs/tiny"), "below outputs/scratch"),
+    (replace("viz.pipeline_strip('00')", "1"), "pipeline strip is missing"),
+    (replace("print(1)", "\n".join(["print(1)"] * 31)), "31 lines, at most 30"),
+    (replace("print(2)", "!ls"), "a shell or magic command"),
+    (replace("print(2)", "class A: pass"), "a class"),
+    (replace("print(2)", "import matplotlib.pyplot as plt"), "this import"),
+    (replace("print(2)", "x = y.to('cuda')"), "a fixed device"),
+    (replace("add. Cost", "add. Price"), "exercise 1 does not say its cost"),
+    (replace("we predict", "we hope"), "no exercise predicts"),
+    (replace("3. Open", "Open"), "2 exercises"),
+    (change_last(execution_count=None), "not every cell has run"),
+    (change_last(id="x"), "cell ids"),
+    (change_last(outputs=[]), "at least 5"),
+    (change_last(metadata={"collapsed": True}), "metadata"),
+    (change_last(outputs=[new_output("stream", name="stderr", text="w")]), "stderr"),
+    (change_last(outputs=[new_output("stream", text="/opt/x")]), "a machine's path"),
+    (change_last(outputs=[new_output("stream", text="<A at 0x7f12ab34>")]), "a memory address"),
+    (change_last(outputs=[new_output("stream", text="x" * 300_001)]), "bytes: over"),
+])  # fmt: skip
+def test_broken_rule_is_named(change, problem, tmp_path):
+    notebook = copy.deepcopy(good_notebook())
+    change(notebook)
+    assert problem in problems_of(notebook, tmp_path)
+
+
+def test_banner_table_is_filled_from_recorded_costs(tmp_path, monkeypatch):
+    from tlv import costs
+
+    monkeypatch.setattr(costs, "ROOT", tmp_path)
+    costs.record_cost("tiny", "00_x", 125, 1536 * 1024)
+    notebook = good_notebook()
+    notebooks.fill_banner(notebook, "00_x")
+    text = notebook.cells[0].source
+    assert text.startswith("# 00 · Title\nWhy?\n\n| run | device | wall time | peak memory |")
+    assert "| tiny | " in text and "| 2.1 min | 1.5 GiB |" in text
+    assert "| smoke | not yet measured |" in text and text.count("| run |") == 1
+    assert problems_of(notebook, tmp_path) == ""
+
+
+@pytest.mark.slow
+def test_refresh_stores_outputs_and_is_stable(tmp_path, monkeypatch):
+    from tlv import costs
+
+    monkeypatch.setattr(costs, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    monkeypatch.setattr(costs, "duration", lambda seconds: "1 s")
+    before, notebook = dict(os.environ), good_notebook()
+    for cell in notebook.cells:
+        cell.pop("outputs", None) if cell.cell_type == "markdown" else cell.update(outputs=[])
+    path = tmp_path / "00_x.ipynb"
+    notebooks.write(path, notebook)
+    versions = []
+    for _ in range(2):
+        notebooks.refresh("00_x")
+        versions.append(json.loads(path.read_text())["cells"][1:])
+    os.environ.clear()
+    os.environ.update(before)
+    assert versions[0] == versions[1]
+    assert lint(path) == []
+    shown = versions[0][-6]["outputs"][0]["data"]  # the pipeline strip, shown once
+    assert "image/png" in shown and len(versions[0][-6]["outputs"]) == 1
+    assert costs.read_costs("smoke")["00_x"]["peak_mib"] > 50

@@ -1,0 +1,38 @@
+"""The README's tables say what outputs/ says."""
+
+import json
+
+import pytest
+
+from tlv import ROOT, costs, report
+
+
+def test_tables_come_from_outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(costs, "ROOT", tmp_path)
+    costs.record_cost("tiny", "03_pretraining", 120, 2048 * 1024)
+    costs.record_cost("tiny", "04_sft", 30, 1024 * 1024)
+    folder = tmp_path / "outputs/tiny/05_evaluation"
+    folder.mkdir(parents=True)
+    metrics = {"accuracy/free": 0.8125, "accuracy/choice": 0.9, "accuracy/unseen_pairs": 0.5,
+               "accuracy/type/order": 0.75, "baseline/type/order": 0.25, "num_questions": 900,
+               "seed": 0}  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "README.md").write_text(
+        "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- costs -->\n<!-- /costs -->\n"
+    )
+    assert report.main(["readme"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| free-form | 81.2% | |" in text and "| order | 75.0% | 25.0% |" in text
+    assert "| 03_pretraining | 2.0 min | 2.0 GiB |" in text
+    assert "| **all** | **2.5 min** | **2.0 GiB** |" in text and "old" not in text
+    assert text.startswith("a\n") and "\nb\n" in text
+
+
+def test_the_readme_has_the_marks_and_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    for name in ("results", "costs"):
+        report.fill(text, name, "x")
+    assert "\nmake repro " in text and "\nmake test " in text
+    with pytest.raises(ValueError, match="<!-- other -->"):
+        report.fill(text, "other", "x")

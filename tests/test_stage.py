@@ -1,0 +1,205 @@
+"""Parameters are checked before anything runs; the executed copy holds code and results alone."""
+
+import json
+import os
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from tlv import ROOT, costs, notebooks, stage
+from tlv.notebooks import NotebookError
+
+PARAMETERS = """\
+seed = 0  # any whole number
+out_dir = "outputs/scratch/00_x"  # where results go
+rate: float = 1.0e-3  # per step
+limit: float | None = None  # None: no clipping
+parts = ("connector",)  # what is trained
+is_fast = True
+num_threads = 1
+"""
+
+
+def notebook(body="print(seed)", parameters=PARAMETERS):
+    cells = [new_markdown_cell("# 00 · X"),
+             new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+             new_code_cell(body)]  # fmt: skip
+    return new_notebook(cells=cells, metadata=notebooks.KERNEL)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty project: everything that the stage reads or writes is below it."""
+    before = dict(os.environ)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "params" / "tiny").mkdir(parents=True)
+    for module in (notebooks, stage, costs):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path / "notebooks")
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def write(root, body="print(seed)", params="seed: 3\n"):
+    notebooks.write(root / "notebooks" / "00_x.ipynb", notebook(body))
+    (root / "params/tiny/00_x.yaml").write_text(params)
+
+
+# ---- parameters -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sed: 1", "unknown parameter `sed`; notebooks/00_x.ipynb has seed, out_dir, rate"),
+    ("rate: 1e-4", "`rate: '1e-4'` is str, must be float or int .* write it .* like 1.0e-4"),
+    ("rate: 3e5", "like 3.0e[+]5"),
+    ("rate: fast", "`rate: 'fast'` is str, must be float or int"),
+    ("seed: 1.5", "`seed: 1.5` is float, must be int .the default is 0."),
+    ("seed: true", "is bool, must be int"),
+    ("is_fast: 1", "is int, must be bool"),
+    ("parts: llm", "is str, must be list"),
+    ("limit: none", "must be float or NoneType or int"),
+    ("out_dir: here", "remove `out_dir`; the stage sets outputs/tiny/00_x"),
+    ("- seed", "must be `name: value` lines, not list"),
+    ("a: b: c", "not YAML"),
+])  # fmt: skip
+def test_wrong_parameter_is_named_with_its_file(root, text, message):
+    write(root, params=text)
+    with pytest.raises(NotebookError, match=f"params/tiny/00_x.yaml: .*{message}"):
+        stage.load_stage_params("00_x", "tiny", notebook())
+
+
+def test_right_parameters_pass(root):
+    write(root, params="rate: 1\nlimit: 1.0\nparts: [connector, llm]\nis_fast: false\n")
+    values = stage.load_stage_params("00_x", "tiny", notebook())
+    assert values == {"rate": 1, "limit": 1.0, "parts": ["connector", "llm"], "is_fast": False,
+                      "out_dir": "outputs/tiny/00_x"}  # fmt: skip
+    write(root, params="# all defaults\n")
+    assert stage.load_stage_params("00_x", "tiny", notebook()) == {"out_dir": "outputs/tiny/00_x"}
+
+
+def test_missing_files_and_cells_are_named(root):
+    with pytest.raises(NotebookError, match="params/gpu/00_x.yaml: no such file; presets: tiny"):
+        stage.load_stage_params("00_x", "gpu", notebook())
+    with pytest.raises(NotebookError, match="99_y.ipynb: no such notebook"):
+        stage.write_code("99_y")
+    with pytest.raises(NotebookError, match="0 cells are tagged"):
+        notebooks.parameters(new_notebook(cells=[new_code_cell("seed = 0")]))
+    with pytest.raises(NotebookError, match="`width = 2 [*] 3`; only `name = literal`"):
+        notebooks.parameters(notebook(parameters="width = 2 * 3"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*/[0-9][0-9]_*.yaml")), ids=str)
+def test_committed_params_fit_their_notebook_in_both_yaml_readers(path):
+    if not (notebooks.FOLDER / f"{path.stem}.ipynb").exists():
+        pytest.skip(f"notebooks/{path.stem}.ipynb is not written yet")
+    from ruamel.yaml import YAML
+
+    values = yaml.safe_load(path.read_text()) or {}
+    assert json.dumps(values) == json.dumps(YAML(typ="safe").load(path.read_text()) or {}), (
+        f"{path}: Papermill and DVC read it differently"
+    )
+    source = notebooks.read(notebooks.FOLDER / f"{path.stem}.ipynb")
+    stage.load_stage_params(path.stem, path.parent.name, source)
+
+
+# ---- canonical forms ------------------------------------------------------------------------
+
+
+def test_code_copy_ignores_prose_outputs_and_ids():
+    plain, busy = notebook(), notebook()
+    busy.cells.insert(0, new_markdown_cell("prose"))
+    busy.cells[-1].outputs = [new_output("stream", text="3")]
+    busy.cells[-1].execution_count = 9
+    busy.cells[-1].metadata = nbformat.from_dict({"tags": ["nbval-check-output"], "x": 1})
+    busy.metadata["language_info"] = {"name": "python"}
+    one, two = (nbformat.writes(notebooks.code_only(n)) for n in (plain, busy))
+    assert one == two
+    busy.cells[-1].source += "  # changed"
+    assert nbformat.writes(notebooks.code_only(busy)) != one
+    assert notebooks.parameters(notebooks.code_only(plain)) == notebooks.parameters(plain)
+
+
+def test_canonical_copy_forgets_time_chance_and_progress():
+    copies = []
+    for seconds, cut in (("1.5", 1), ("2.5", 3)):
+        n = notebook("print('abcd')")
+        n.metadata["papermill"] = {"duration": seconds}
+        n.cells[2].metadata = nbformat.from_dict({"execution": {"started": seconds}})
+        n.cells[2].execution_count = 7 + cut
+        text = "abcd\n"
+        n.cells[2].outputs = [
+            new_output("stream", name="stderr", text=f" 10%| {seconds} s"),
+            new_output("stream", name="stdout", text=text[:cut]),
+            new_output("stream", name="stdout", text=text[cut:]),
+            new_output("execute_result", data={"text/plain": "1"}, execution_count=7 + cut),
+        ]
+        copies.append(nbformat.writes(notebooks.canonicalise(n, "00")))
+    assert copies[0] == copies[1]
+    result = nbformat.reads(copies[0], as_version=4)
+    assert [c.id for c in result.cells] == ["00-01", "00-02", "00-03"]
+    assert result.cells[2].execution_count == 1 == result.cells[2].outputs[1].execution_count
+    assert result.cells[2].outputs[0].text == "abcd\n"
+
+
+# ---- running --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_run_makes_a_reproducible_copy_and_records_its_cost(root, capfd):
+    body = f"""
+import os, sys
+print("seed", seed, os.getcwd() == {str(root)!r})
+print(os.environ["TLV_STAGE"], os.environ["OMP_NUM_THREADS"])
+print("progress " * 2, file=sys.stderr)
+block = bytearray(200_000_000)
+"""
+    write(root, body, params="seed: 3\nnum_threads: 2\n")
+    copies = []
+    for _ in range(2):
+        stage.run("00_x", "tiny")
+        copies.append((root / "outputs/tiny/00_x/run.ipynb").read_bytes())
+    assert copies[0] == copies[1]
+    (output,) = nbformat.reads(copies[0].decode(), as_version=4).cells[-1].outputs
+    assert output.text == "seed 3 True\n00_x 2\n"
+    shown = capfd.readouterr()  # it streams to the terminal, progress too
+    assert "seed 3 True" in shown.out and "progress progress" in shown.err
+    cost = costs.read_costs("tiny")["00_x"]
+    assert cost["peak_mib"] > 200 and cost["wall_s"] > 0 and cost["machine"] and cost["date"]
+
+
+@pytest.mark.slow
+def test_failing_notebook_leaves_its_copy_and_one_message(root, capfd):
+    write(root, "print('before')\nraise ValueError('the clip is upside down')")
+    assert stage.main(["run", "00_x", "--preset", "tiny"]) == 1
+    assert "error: 00_x stopped" in capfd.readouterr().err
+    copy = (root / "outputs/tiny/00_x/run.ipynb").read_text()
+    assert "the clip is upside down" in copy and '"papermill"' not in copy
+    assert costs.read_costs("tiny") == {}
+
+
+@pytest.mark.slow
+def test_killed_kernel_is_a_failure(root, capfd):
+    write(root, "import os\nos._exit(9)")
+    assert stage.main(["run", "00_x", "--preset", "tiny"]) == 1
+    assert "00_x stopped" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_kernel_that_does_not_start_is_tried_once_more(root, monkeypatch, capfd):
+    import papermill
+
+    write(root)
+    real, calls = papermill.execute_notebook, []
+
+    def flaky(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(papermill, "execute_notebook", flaky)
+    stage.run("00_x", "tiny")
+    assert len(calls) == 2 and "trying again" in capfd.readouterr().err

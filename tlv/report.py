@@ -1,0 +1,77 @@
+"""The README's tables, from what runs left in outputs/.
+
+`python -m tlv.report costs` prints the cost table; `python -m tlv.report readme` puts it and the
+results between the README's `<!-- name -->` and `<!-- /name -->` lines.
+"""
+
+import argparse
+import json
+import re
+import sys
+
+from tlv import ROOT
+from tlv.costs import duration, read_costs
+from tlv.files import write_text
+
+TYPE = "accuracy/type/"
+
+
+def cost_table(preset: str) -> str:
+    """One row per stage: wall time, memory of the largest process, machine, date; then the sum."""
+    costs = read_costs(preset)
+    if not costs:
+        return f"No recorded run of the preset `{preset}` yet."
+    rows = ["| stage | wall time | peak memory | machine | date |", "|---|---|---|---|---|"]
+    for name, c in costs.items():
+        cells = [name, duration(c["wall_s"]), f"{c['peak_mib'] / 1024:.1f} GiB"]
+        rows.append(f"| {' | '.join([*cells, c['machine'], c['date']])} |")
+    total = sum(c["wall_s"] for c in costs.values())
+    peak = max(c["peak_mib"] for c in costs.values()) / 1024
+    rows.append(f"| **all** | **{duration(total)}** | **{peak:.1f} GiB** | | |")
+    return "\n".join(rows)
+
+
+def result_table(preset: str) -> str:
+    """Held-out accuracy by question type beside the best baseline, from 05's metrics.json."""
+    path = ROOT / "outputs" / preset / "05_evaluation" / "metrics.json"
+    if not path.exists():
+        return f"No evaluated run of the preset `{preset}` yet."
+    metrics = json.loads(path.read_text())
+    rows = ["| questions | accuracy | best baseline |", "|---|---|---|"]
+    for label, key in (("free-form", "accuracy/free"), ("multiple choice", "accuracy/choice"),
+                       ("shape-colour pairs never seen in training", "accuracy/unseen_pairs")):
+        rows.append(f"| {label} | {metrics[key]:.1%} | |")
+    for key in sorted(k for k in metrics if k.startswith(TYPE)):
+        kind = key.removeprefix(TYPE)
+        baseline = metrics[f"baseline/type/{kind}"]
+        rows.append(f"| {kind} | {metrics[key]:.1%} | {baseline:.1%} |")
+    rows.append(f"\n{metrics['num_questions']} questions, seed {metrics['seed']}.")
+    return "\n".join(rows)
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    text, count = re.subn(pattern, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+    if count != 1:
+        raise ValueError(f"README.md: the marks <!-- {name} --> ... <!-- /{name} --> are not there")
+    return text
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tlv.report", description=__doc__)
+    parser.add_argument("action", choices=["costs", "readme"])
+    parser.add_argument("--preset", default="tiny")
+    options = parser.parse_args(arguments)
+    if options.action == "costs":
+        print(cost_table(options.preset))
+        return 0
+    path = ROOT / "README.md"
+    text = fill(path.read_text(), "costs", cost_table(options.preset))
+    write_text(path, fill(text, "results", result_table(options.preset)))
+    print("README.md: tables filled")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
