@@ -159,10 +159,8 @@ def test_a_bad_parameter_stops_the_pipeline_with_one_message(project):
         [sys.executable, "-m", "tlv.stage", "run", "00_toy_world", "--preset", "smoke"],
         cwd=project, text=True, capture_output=True)  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: params/smoke/00_toy_world.yaml: `rate: '1e-4'` is str, must be float or int "
-        "(the default is 0.001); in YAML `1e-4` is text, write it with a point, like 1.0e-4\n"
-    )
+    message = "00_toy_world.yaml: rate = 1e-4 is a string in YAML 1.1; write 1.0e-4\n"
+    assert done.stderr.startswith("error: ") and done.stderr.endswith(message)
     run(["git", "checkout", "-q", "."], project)
 
 

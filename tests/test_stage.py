@@ -53,8 +53,7 @@ def write(root, body="print(seed)", params="seed: 3\n"):
 
 @pytest.mark.parametrize("text, message", [
     ("sed: 1", "unknown parameter `sed`; notebooks/00_x.ipynb has seed, out_dir, rate"),
-    ("rate: 1e-4", "`rate: '1e-4'` is str, must be float or int .* write it .* like 1.0e-4"),
-    ("rate: 3e5", "like 3.0e[+]5"),
+    ("rate: 1e-4", "rate = 1e-4 is a string in YAML 1.1; write 1.0e-4"),
     ("rate: fast", "`rate: 'fast'` is str, must be float or int"),
     ("seed: 1.5", "`seed: 1.5` is float, must be int .the default is 0."),
     ("seed: true", "is bool, must be int"),
@@ -62,12 +61,12 @@ def write(root, body="print(seed)", params="seed: 3\n"):
     ("parts: llm", "is str, must be list"),
     ("limit: none", "must be float or NoneType or int"),
     ("out_dir: here", "remove `out_dir`; the stage sets outputs/tiny/00_x"),
-    ("- seed", "must be `name: value` lines, not list"),
-    ("a: b: c", "not YAML"),
+    ("- seed", "must be a mapping"),
+    ("a: b: c", "not valid YAML"),
 ])  # fmt: skip
 def test_wrong_parameter_is_named_with_its_file(root, text, message):
     write(root, params=text)
-    with pytest.raises(NotebookError, match=f"params/tiny/00_x.yaml: .*{message}"):
+    with pytest.raises(ValueError, match=f"params/tiny/00_x.yaml: .*{message}"):
         stage.load_stage_params("00_x", "tiny", notebook())
 
 

@@ -113,27 +113,10 @@ def check_parameters(values: dict, notebook, source: str, where: str) -> None:
         if type(value) in types:
             continue
         wanted = " or ".join(t.__name__ for t in types)
-        hint = ""
-        if isinstance(value, str) and float in types and _is_number(value):
-            hint = f"; in YAML `{value}` is text, write it with a point, like {_with_point(value)}"
         raise NotebookError(
             f"{source}: `{name}: {value!r}` is {type(value).__name__}, must be {wanted} "
-            f"(the default is {default!r}){hint}"
+            f"(the default is {default!r})"
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return float(text) is not None
-    except ValueError:
-        return False
-
-
-def _with_point(text: str) -> str:
-    mantissa, _, exponent = text.lower().partition("e")
-    mantissa = mantissa if "." in mantissa else mantissa + ".0"
-    sign = "" if exponent[:1] in ("+", "-") else "+"
-    return f"{mantissa}e{sign}{exponent}" if exponent else mantissa
 
 
 # ---- canonical forms ------------------------------------------------------------------------

@@ -12,9 +12,8 @@ import resource
 import sys
 import time
 
-import yaml
-
 from tlv import ROOT, notebooks
+from tlv.config import ConfigError, load_params
 from tlv.costs import record_cost
 from tlv.notebooks import NotebookError
 
@@ -28,12 +27,7 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
         there = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir())
         raise NotebookError(f"{path.relative_to(ROOT)}: no such file; presets: {', '.join(there)}")
     source, where = str(path.relative_to(ROOT)), f"notebooks/{name}.ipynb"
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise NotebookError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise NotebookError(f"{source}: must be `name: value` lines, not {type(values).__name__}")
+    values = load_params(path)
     if "out_dir" in values:
         raise NotebookError(f"{source}: remove `out_dir`; the stage sets outputs/{preset}/{name}")
     values["out_dir"] = f"outputs/{preset}/{name}"
@@ -107,7 +101,7 @@ def main(arguments=None) -> int:
             write_code(options.name)
         else:
             run(options.name, options.preset)
-    except NotebookError as error:
+    except (ConfigError, NotebookError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
