@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tlv import defects, filters, world
-from tlv.filters import ClipFacts, Funnel
+from tlv import defects, filters, funnel, world
+from tlv.filters import ClipFacts
+from tlv.funnel import Funnel
 from tlv.video import write_video
 
 
@@ -52,6 +53,12 @@ def test_duration_bounds_are_inclusive():
         "lasts 1.90 s, not 2 to 8 s",
     )
     assert not filters.has_duration(ClipFacts(duration=9.0), 2, 8)[0]
+
+
+def test_a_sample_without_its_clip_goes():
+    judge = filters.of_clip({"a.mp4": ClipFacts()}, filters.is_readable)
+    assert judge({"id": "1", "video": "a.mp4"}) == (True, "")
+    assert judge({"id": "2"}) == (False, "'video' is None: no clip")
 
 
 def test_a_still_clip_goes_whatever_the_codec_does_to_it(tmp_path):
@@ -210,12 +217,12 @@ def test_agreement_takes_the_first_sentence_and_the_best_frame():
 def test_funnel_counts_what_each_filter_leaves_and_refuses_a_repeated_id():
     pools = {"captions": [{"id": "a", "video": "1"}, {"id": "b", "video": "2"}],
              "qa": [{"id": "c", "video": "1"}]}  # fmt: skip
-    funnel = Funnel(pools)
-    assert funnel.apply("first", lambda s: (s["video"] != "1", "one")) == 2
-    assert funnel.apply("second", lambda s: (False, "all"), ["qa"]) == 0
-    assert funnel.removed == {"first": {"a": "one", "c": "one"}, "second": {}}
-    assert funnel.steps[-1] == ("second", {"captions": 1, "qa": 0})
-    assert funnel.videos() == ["2"] and len(pools["qa"]) == 1
+    row = Funnel(pools)
+    assert row.apply("first", lambda s: (s["video"] != "1", "one")) == 2
+    assert row.apply("second", lambda s: (False, "all"), ["qa"]) == 0
+    assert row.removed == {"first": {"a": "one", "c": "one"}, "second": {}}
+    assert row.steps[-1] == ("second", {"captions": 1, "qa": 0})
+    assert row.videos() == ["2"] and len(pools["qa"]) == 1
     with pytest.raises(ValueError, match="'a' occurs 2 times"):
         Funnel({"x": [{"id": "a"}, {"id": "a"}]})
 
@@ -232,7 +239,7 @@ def test_score_counts_own_kinds_and_lets_either_twin_stay():
         "duplicates": {"orig1": ""},
         "agreement": {"wrong": ""},
     }
-    scores = filters.score_filters(removed, truth)
+    scores = funnel.score_filters(removed, truth)
     assert scores["motion"] == {"removed": 2, "precision": 0.5, "planted": 1, "recall": 1.0}
     assert scores["duplicates"] == {"removed": 1, "precision": 1.0, "planted": 2, "recall": 0.5}
     assert scores["agreement"]["recall"] == 1.0
@@ -242,10 +249,10 @@ def test_score_counts_own_kinds_and_lets_either_twin_stay():
 def test_a_copy_that_stayed_is_clean_afterwards():
     truth = {"copy": {"kind": "duplicate", "twin": "orig"}}
     removed = {"duplicates": {"orig": ""}, "agreement": {"copy": ""}}
-    scores = filters.score_filters(removed, truth)
+    scores = funnel.score_filters(removed, truth)
     assert scores["duplicates"]["precision"] == 1.0 and scores["agreement"]["precision"] == 0.0
 
 
 def test_every_planted_kind_is_some_filter_s_business():
-    kinds = [kind for kinds in filters.CATCHES.values() for kind in kinds]
+    kinds = [kind for kinds in funnel.CATCHES.values() for kind in kinds]
     assert sorted(kinds) == sorted(defects.KINDS)
