@@ -32,6 +32,48 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 TEXT_LENGTH = 32  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
 
+def train_backbones(
+    out_dir,
+    *,
+    seed: int,
+    vision_steps: int,
+    llm_steps: int,
+    num_texts: int,
+    template: str = "qwen2_chat",
+    width: int = 128,
+    num_layers: int = 4,
+    batch_size: int = 64,
+    device: str = "cpu",
+    log=print,
+) -> dict[str, list[float]]:
+    """Train tokenizer, image encoder and language model; write `vision/` and `llm/` to `out_dir`.
+
+    Returns the two loss curves. `num_texts` documents train the tokenizer.
+    """
+    rng = np.random.default_rng([seed, 0])
+    texts = [write_document(rng, template) for _ in range(num_texts)]
+    tokenizer = train_tokenizer(texts + write_frames(rng, num_texts)[1])
+    shape = dict(width=width, num_layers=num_layers, seed=seed, device=device, log=log)
+    vision = train_vision(
+        Path(out_dir) / "vision",
+        tokenizer=tokenizer,
+        num_steps=vision_steps,
+        batch_size=batch_size,
+        lr=1e-3,
+        **shape,
+    )
+    llm = train_llm(
+        Path(out_dir) / "llm",
+        tokenizer=tokenizer,
+        num_steps=llm_steps,
+        batch_size=batch_size // 4,
+        lr=2e-3,
+        template=template,
+        **shape,
+    )
+    return {"vision": vision, "llm": llm}
+
+
 def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in Qwen2's form: <|endoftext|> ends, nothing is put in front."""
     bpe = Tokenizer(models.BPE())
@@ -73,14 +115,23 @@ def write_document(rng: np.random.Generator, template: str) -> str:
     return render_chat(turns, template)
 
 
-def write_frames(rng: np.random.Generator, count: int, per_scene: int = 4):
-    """Pairs for the image encoder. Returns frames (count, H, W, 3) uint8 and their captions."""
+def write_frames(rng: np.random.Generator, count: int, family: int = 8):
+    """Pairs for the image encoder. Returns frames (count, H, W, 3) uint8 and their captions.
+
+    They come in families of the same colours: what tells a family's captions apart is shape, size
+    and place. Drawn freely, colours alone would find nearly every caption, and nothing else
+    would be learnt.
+    """
     frames, captions = [], []
     while len(captions) < count:
-        scene = world.sample_scene(rng)
-        chosen = rng.integers(scene.num_frames, size=per_scene)
-        frames.append(world.render(scene, chosen))
-        captions += [questions.frame_caption(scene, int(f)) for f in chosen]
+        num_things = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
+        colours = rng.permutation(list(world.COLOURS))[:num_things]
+        pairs = [pair for pair in world.SEEN_PAIRS if pair[0] in colours]
+        for _ in range(family):
+            scene = world.sample_scene(rng, pairs=pairs, num_things=num_things)
+            frame = int(rng.integers(scene.num_frames))
+            frames.append(world.render(scene, [frame]))
+            captions.append(questions.frame_caption(scene, frame))
     return np.concatenate(frames)[:count], captions[:count]
 
 
@@ -97,7 +148,17 @@ def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale, bias, same: torc
 
 
 def train_vision(
-    out_dir, *, tokenizer, seed, num_steps, batch_size, lr, width, num_layers, log=print
+    out_dir,
+    *,
+    tokenizer,
+    seed,
+    num_steps,
+    batch_size,
+    lr,
+    width,
+    num_layers,
+    device="cpu",
+    log=print,
 ):
     """Train the SigLIP-form encoder on single frames and save its folder. Returns the losses."""
     rng, _ = np.random.default_rng([seed, 1]), torch.manual_seed(seed)
@@ -119,16 +180,16 @@ def train_vision(
             eos_token_id=tokenizer.eos_token_id,
         ),
     )
-    model = SiglipModel(config)
+    model = SiglipModel(config).to(device)
     model.logit_scale.data.fill_(math.log(10.0))
     model.logit_bias.data.fill_(-10.0)
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
         frames, captions = write_frames(rng, batch_size)
-        ids = _tokenize(tokenizer, captions)  # (B, L)
-        out = model(input_ids=ids, pixel_values=to_pixels(frames))
+        ids = _tokenize(tokenizer, captions).to(device)  # (B, L)
+        out = model(input_ids=ids, pixel_values=to_pixels(frames).to(device))
         names = np.array(captions)
-        same = torch.from_numpy(names[:, None] == names[None, :])
+        same = torch.from_numpy(names[:, None] == names[None, :]).to(device)
         loss = siglip_loss(
             out.image_embeds, out.text_embeds, model.logit_scale, model.logit_bias, same
         )
@@ -144,7 +205,18 @@ def train_vision(
 
 
 def train_llm(
-    out_dir, *, tokenizer, seed, num_steps, batch_size, lr, width, num_layers, template, log=print
+    out_dir,
+    *,
+    tokenizer,
+    seed,
+    num_steps,
+    batch_size,
+    lr,
+    width,
+    num_layers,
+    template,
+    device="cpu",
+    log=print,
 ):
     """Train the Qwen2-form language model on texts and save its folder. Returns the losses."""
     rng, _ = np.random.default_rng([seed, 2]), torch.manual_seed(seed)
@@ -161,11 +233,11 @@ def train_llm(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config).to(device)
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
         texts = [write_document(rng, template) for _ in range(batch_size)]
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         loss = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels

@@ -7,6 +7,7 @@ notebook 01.
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,28 +31,23 @@ SHORT_CAPTIONS = ("", "video", "A clip.", "red", "untitled_0412.mp4", "N/A")
 def still_scene(rng: np.random.Generator) -> world.Scene:
     """A scene of things at rest: the `static` defect."""
     scene = world.sample_scene(rng, event_share=0.0)
-    things = tuple(world.Thing(t.colour, t.shape, t.size, t.x, t.y) for t in scene.things)
-    return world.Scene(scene.num_frames, things, (), scene.background)
+    things = tuple(replace(thing, direction=None, speed=0.0) for thing in scene.things)
+    return replace(scene, things=things)
 
 
 def look_alike(rng: np.random.Generator, kind: str, scene: world.Scene) -> world.Scene:
     """A clean scene that resembles a defect: `slow` almost rests, `same_things` almost repeats."""
-    if kind == "slow":  # a third of a width over the whole clip, and nothing else happens
-        while True:
-            other = world.sample_scene(rng, num_things=1, event_share=0.0)
-            thing = other.things[0]
-            slow = world.Thing(
-                *thing.pair, thing.size, thing.x, thing.y, thing.direction, thing.speed * 0.3
-            )
-            return world.Scene(other.num_frames, (slow,), (), other.background)
+    if kind == "slow":  # an eighth of a width over the whole clip, and nothing else happens
+        other = world.sample_scene(rng, num_things=1, event_share=0.0)
+        thing = replace(other.things[0], speed=other.things[0].speed / 3)
+        return replace(other, things=(thing,))
     if kind == "same_things":  # the things and background of another clip, on another course
-        while True:
-            other = world.sample_scene(rng, num_things=len(scene.things), event_share=0.0)
-            things = tuple(
-                world.Thing(*old.pair, new.size, new.x, new.y, new.direction, new.speed)
-                for old, new in zip(scene.things, other.things, strict=True)
-            )
-            return world.Scene(other.num_frames, things, (), scene.background)
+        other = world.sample_scene(rng, num_things=len(scene.things), event_share=0.0)
+        things = tuple(
+            replace(new, colour=old.colour, shape=old.shape)
+            for old, new in zip(scene.things, other.things, strict=True)
+        )
+        return replace(other, things=things, background=scene.background)
     raise ValueError(f"look-alike {kind!r} is not 'slow' or 'same_things'")
 
 

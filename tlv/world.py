@@ -166,8 +166,9 @@ def _draw(rng, pairs, must_have, count, event_share) -> Scene:
     things = []
     for index in rng.permutation(len(chosen)):
         direction = str(rng.choice(list(DIRECTIONS))) if rng.random() < 0.65 else None
-        # One to one and a half widths over the clip, however long it lasts.
-        speed = rng.uniform(1.0, 1.5) * SIZE / num_frames if direction else 0.0
+        # Under half a width over the clip, however long it lasts: on a torus, more than half of
+        # one would look like a step the other way.
+        speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
         x, y = rng.uniform(0, SIZE, size=2)
         size = "large" if rng.random() < 0.5 else "small"
         things.append(Thing(*chosen[index], size, float(x), float(y), direction, float(speed)))
@@ -188,11 +189,10 @@ def _draw_events(rng, scene: Scene, pairs) -> tuple[Event, ...]:
     first = rng.uniform(0.1, 0.9 - gap)
     events = []
     for thing, at in zip(rng.permutation(len(scene.things))[:2], (first, first + gap), strict=True):
-        kind, colour = str(rng.choice(EVENTS)), None
-        if kind == "changes colour":
-            shape, taken = scene.things[thing].shape, {t.pair for t in scene.things}
-            free = [c for c, s in pairs if s == shape and (c, s) not in taken]
-            colour = free[rng.integers(len(free))]
+        shape, taken = scene.things[thing].shape, {t.pair for t in scene.things}
+        free = [c for c, s in pairs if s == shape and (c, s) not in taken]
+        kind = str(rng.choice(EVENTS if free else EVENTS[:2]))
+        colour = free[rng.integers(len(free))] if kind == "changes colour" else None
         events.append(Event(kind, int(thing), int(round(at * n)), colour))
     return tuple(events)
 

@@ -1,0 +1,90 @@
+"""What a notebook needs from earlier ones, at smoke scale, made on the spot where it is missing.
+
+With default parameters a notebook reads and writes `outputs/scratch/` alone. Any notebook can be
+opened first: each function here returns a folder, and makes it in seconds if nothing is there,
+saying so. Outside scratch a missing folder is an error: that input comes from a pipeline stage.
+Taught in notebook 00.
+"""
+
+import json
+from pathlib import Path
+
+from tlv import ROOT
+
+SCRATCH = ROOT / "outputs" / "scratch"
+# Notebook 00's defaults: whoever makes the smoke world first, it is the same one.
+WORLD = dict(seed=0, num_train=40, num_val=6, num_test=12, defect_share=0.025)
+BACKBONES = dict(seed=0, vision_steps=3, llm_steps=3, num_texts=120)
+FRAMES = dict(num_frames=8, num_queries=32, num_groups=8)
+
+
+def world(folder) -> Path:
+    """The toy world of notebook 00."""
+    return _find_or_make(
+        folder, "world.json", "a small toy world with hardly trained backbones", _world
+    )
+
+
+def manifest(folder) -> Path:
+    """The manifests of notebook 01, captions.json and qa.json."""
+    return _find_or_make(folder, "qa.json", "a manifest of the clean samples", _manifest)
+
+
+def model(folder) -> Path:
+    """The untrained model of notebook 02, in `model/` below its folder."""
+    return _find_or_make(folder, "model/config.json", "an untrained model", _model)
+
+
+def checkpoint(folder) -> Path:
+    """The trained model of notebook 03 or 04, in `checkpoint/`; at smoke scale an untrained one."""
+    what = "an untrained model in place of a trained one"
+    return _find_or_make(folder, "checkpoint/config.json", what, _checkpoint)
+
+
+def _find_or_make(folder, sign: str, what: str, make) -> Path:
+    folder = ROOT / folder
+    if not (folder / sign).is_file():
+        if not folder.is_relative_to(SCRATCH):
+            raise FileNotFoundError(
+                f"{folder / sign} is missing: run the notebook that writes it, or `dvc repro`"
+            )
+        print(f"nothing in {folder.relative_to(ROOT)} yet: making {what} (smoke scale)")
+        make(folder)
+    return folder
+
+
+def _world(folder: Path):
+    from tlv.backbones import train_backbones
+    from tlv.toy_data import make_world
+
+    make_world(folder, **WORLD)
+    train_backbones(folder / "backbones", **BACKBONES, log=lambda line: None)
+
+
+def _manifest(folder: Path):
+    from tlv.files import write_json
+    from tlv.toy_data import read_card
+
+    card = read_card(world(SCRATCH / "00_toy_world"))
+    defects = json.loads(card["truth"].read_text())["defects"]
+    for name in ("captions", "qa"):
+        raw = json.loads(card[f"raw_{name}"].read_text())
+        write_json(folder / f"{name}.json", [s for s in raw if s["id"] not in defects])
+
+
+def _model(folder: Path):
+    from tlv.model import build_model
+    from tlv.toy_data import read_card
+
+    card = read_card(world(SCRATCH / "00_toy_world"))
+    built, processor = build_model(card["vision_dir"], card["llm_dir"], seed=0, **FRAMES)
+    built.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+
+
+def _checkpoint(folder: Path):
+    from shutil import copytree
+
+    copytree(
+        model(SCRATCH / "02_architecture") / "model", folder / "checkpoint", dirs_exist_ok=True
+    )
