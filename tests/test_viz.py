@@ -15,6 +15,10 @@ FIGURES = {
     "pipeline_strip": lambda: viz.pipeline_strip("02"),
     "frame_strip": lambda: viz.frame_strip(FRAMES, np.arange(16) / 8, "A clip", marked=[2]),
     "one_frame": lambda: viz.frame_strip(FRAMES[:1], [0.5]),
+    "gallery": lambda: viz.gallery(
+        [(FRAMES, np.arange(16) / 8, ["Q: where?", "A: right"], True),
+         (FRAMES[:2], [0, 1], ["short"], None)], "Two clips"),
+    "histogram": lambda: viz.histogram({"a": [1, 2, 2], "b": [5.0]}, "Apart", "size", 3.0),
     "token_mask": lambda: viz.token_mask(TOKENS, SUPERVISED, "The answers count"),
     "loss_curve": lambda: viz.loss_curve(([1, 2, 3], [3, 2, 1]), ([1, 3], [3, 1]), "It falls"),
     "bars_with_ci": lambda: viz.bars_with_ci(["a", "b"], [0.9, 1], [0.8, 0.9], [1, 1], [0.2, 0.5]),

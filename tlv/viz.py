@@ -118,6 +118,31 @@ def frame_strip(frames, timestamps, title="", columns=8, marked=()) -> Figure:
     return fig
 
 
+def gallery(rows, title="", num_frames=6) -> Figure:
+    """Clips below each other: rows of (frames (T, H, W, 3), timestamps (T,), lines, is_good).
+
+    At most `num_frames` frames a row, evenly picked, with their times; beside them `lines` of text.
+    A row that is not good (None: neither) has its first line in red.
+    """
+    fig, axes = _figure(9, 0.95 * len(rows) + 0.35, len(rows), num_frames + 1, squeeze=False,
+                        width_ratios=[1] * num_frames + [4.2])  # fmt: skip
+    for ax in axes.flat:
+        ax.axis("off")
+    for row, (frames, seconds, texts, is_good) in zip(axes, rows, strict=True):
+        picked = np.linspace(0, len(frames) - 1, min(num_frames, len(frames)), dtype=int)
+        for ax, i in zip(row, picked, strict=False):
+            ax.imshow(frames[i])
+            ax.set_title(f"{seconds[i]:.1f} s", fontsize=7, loc="center", color=MUTED, pad=1)
+        ink = {True: GOOD, False: BAD, None: INK}[is_good]
+        for place, line in enumerate(texts):
+            row[-1].text(0, 0.97 - 0.21 * place, line, va="top", fontsize=8,
+                         color=INK if place else ink, fontweight="normal" if place else "bold",
+                         transform=row[-1].transAxes)  # fmt: skip
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    return fig
+
+
 def token_mask(tokens, supervised, title="", columns=72) -> Figure:
     """A token sequence as coloured tiles: what the loss sees (`supervised`) and what it does not.
 
@@ -211,6 +236,27 @@ def bars_with_ci(labels, values, low=None, high=None, baselines=None, title="",
     ax.invert_yaxis()
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    return fig
+
+
+def histogram(series: dict, title="", xlabel="", threshold=None, parts=(), bins=40) -> Figure:
+    """Named sets of values {label: values} over common bins, each as shares of its set.
+
+    `threshold` is drawn as a line; `parts` names the part whose colour each set takes.
+    """
+    fig, ax = _figure(6.5, 2.8)
+    every = np.concatenate([np.asarray(v, dtype=float) for v in series.values()])
+    edges = np.linspace(every.min(), every.max() + 1e-9, bins + 1)
+    colours = [PALETTE[p] for p in parts] or list(PALETTE.values())
+    for (label, values), colour in zip(series.items(), colours, strict=False):
+        weights = np.full(len(values), 1 / max(1, len(values)))
+        ax.hist(values, edges, weights=weights, color=colour, alpha=0.65,
+                label=f"{label} ({len(values):,})")  # fmt: skip
+    if threshold is not None:
+        ax.axvline(threshold, color=INK, lw=1.2, ls="--", label=f"threshold {threshold:.3g}")
+    ax.set(xlabel=xlabel, ylabel="share")
+    ax.legend(fontsize=9)
+    _title(ax, title)
     return fig
 
 
