@@ -1,0 +1,332 @@
+"""The model in Hugging Face form: vision encoder, connector, and a language model kept whole.
+
+Clips become video tokens in the connector's output; they replace the embeddings of the
+placeholders in `input_ids`, and the language model does the rest. Source: TinyLLaVA-Video section 1
+(arXiv 2501.15513). Taught in notebook 02.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from tlv.chat import VIDEO_TOKEN, get_template, stop_token_ids, to_jinja, video_token_id
+from tlv.connectors import Resampler, build_connector
+from tlv.pretrained import ModelFolderError, load_pretrained, read_config
+from tlv.processor import TlvProcessor
+from tlv.vision import count_patches, count_unseen, encode_frames, load_vision_encoder, vision_part
+
+VISUALS = ("pixel_values_videos", "video_features", "video_index")
+
+
+@strict
+class TlvConfig(PreTrainedConfig):
+    """Everything that decides the model's shape and how clips and conversations enter it."""
+
+    model_type = "tlv"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+    }
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    connector_type: str = "group_resampler"
+    num_queries: int = 512  # video tokens of a resampler
+    num_groups: int = 16
+    num_resampler_layers: int = 3
+    resampler_heads: int = 8
+    resampler_head_dim: int = 64
+    position_dtype: str = "float16"  # rounding of the resampler's positions
+    vision_feature_layer: int = -2
+    drop_first_patch: bool = False
+    video_token_id: int = 0  # may lie outside the vocabulary
+    template: str = "qwen2_base"
+    num_frames: int = 16
+    sampling: str = "uniform"  # or "fps": fps frames per second, at most max_frames
+    fps: float = 1.0
+    max_frames: int = 64
+    max_seq_len: int = 3072  # tokens of a training row, video tokens included
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self.initializer_range = getattr(self.text_config, "initializer_range", 0.02)
+        get_template(self.template)
+
+
+class TlvPreTrainedModel(PreTrainedModel):
+    """What transformers has to know about the class."""
+
+    config: TlvConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("video", "image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["PerceiverAttention"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Matrices N(0, initializer_range), biases 0, norms 1 and 0, latents N(0, 1)."""
+        super()._init_weights(module)
+        if isinstance(module, Resampler):
+            init.normal_(module.latents, mean=0.0, std=1.0)
+
+
+class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
+    """Videos, pictures (clips of one frame) and text in, text out."""
+
+    def __init__(self, config: TlvConfig):
+        super().__init__(config)
+        self.vision_encoder = AutoModel.from_config(config.vision_config)
+        self.connector = new_connector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    # ---- clips -> video tokens --------------------------------------------------------------
+
+    def vision_features(self, pixels):
+        """Frames (T, C, H, W) -> what the connector reads, (T, N, D_v)."""
+        config = self.config
+        return encode_frames(self.vision_encoder, pixels, config.vision_feature_layer,
+                             config.drop_first_patch)
+
+    def encode_videos(self, pixel_values_videos=None, video_features=None) -> list[torch.Tensor]:
+        """Clips -> their video tokens, a list of (Q, D); Q may differ where T does.
+
+        pixel_values_videos: (B, T, C, H, W) or a list of (T, C, H, W); or video_features, what the
+        encoder made of them before: (B, T, N, D_v) or a list of (T, N, D_v). The encoder and the
+        connector are each called once, so that parallel ranks keep step.
+        """
+        if video_features is None:
+            lengths = [len(clip) for clip in pixel_values_videos]
+            frames = torch.cat(list(pixel_values_videos))  # (sum of T, C, H, W)
+            video_features = self.vision_features(frames).split(lengths)
+        dtype, device = next(self.connector.parameters()).dtype, self.device
+        clips = [clip.to(device, dtype).flatten(0, 1) for clip in video_features]  # (S, D_v)
+        lengths = [len(clip) for clip in clips]
+        tokens = self.connector(pad_sequence(clips, batch_first=True), lengths)  # (B, Q, D)
+        counts = [self.connector.num_tokens(length) for length in lengths]
+        return [clip[:count] for clip, count in zip(tokens, counts, strict=True)]
+
+    def embed(self, input_ids, pixel_values_videos=None, video_features=None, video_index=None):
+        """Token ids (B, L) and clips -> embeddings (B, L, D), placeholders replaced.
+
+        The k-th row that holds placeholders shows clip video_index[k] (default: k), so that
+        several questions can share a clip. ValueError if placeholders and video tokens differ.
+        """
+        is_video = input_ids == self.config.video_token_id  # (B, L)
+        # The placeholder's own id is never looked up: it may not be in the vocabulary.
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_video, 0))
+        counts = [count for count in is_video.sum(1).tolist() if count]
+        clips = []
+        if pixel_values_videos is not None or video_features is not None:
+            clips = self.encode_videos(pixel_values_videos, video_features)
+        index = range(len(clips)) if video_index is None else video_index.tolist()
+        if len(index) != len(counts):
+            raise ValueError(f"{len(counts)} rows hold placeholders, but {len(index)} clips are "
+                             f"given for them ({len(clips)} clips in all)")
+        if index and not 0 <= min(index) <= max(index) < len(clips):
+            raise ValueError(f"video_index {list(index)} names clips beyond the {len(clips)} given")
+        for count, clip in zip(counts, index, strict=True):
+            if count != len(clips[clip]):
+                raise ValueError(f"{count} placeholders in a row, but {len(clips[clip])} video "
+                                 f"tokens of its clip {clip}")
+        if counts:
+            tokens = torch.cat([clips[clip] for clip in index]).to(embeds.device, embeds.dtype)
+            embeds = embeds.masked_scatter(is_video[..., None], tokens)
+        return embeds + self._touch(clips, index) if self.training else embeds
+
+    def _touch(self, clips, index):
+        """Zero, but made of what no row shows: no trained parameter is without a gradient.
+
+        A rank whose batch is text alone must not leave the others waiting for its gradients.
+        """
+        unused = [clip for k, clip in enumerate(clips) if k not in index]
+        if not clips:
+            width = self.config.vision_config.hidden_size
+            unused = self.encode_videos(video_features=[torch.zeros(1, 1, width)])
+        return sum((0.0 * clip.sum() for clip in unused), start=0.0)
+
+    # ---- the language model -----------------------------------------------------------------
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None,
+                pixel_values_videos=None, video_features=None, video_index=None,
+                past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
+                logits_to_keep=0, **kwargs):
+        """The language model's own output (loss if labels, logits (B, L, V), cache).
+
+        Clips as in `encode_videos`, rows and clips as in `embed`.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values_videos, video_features, video_index)
+        return self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, labels=labels, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """Clips enter with the prompt; afterwards they are in the cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs = {key: value for key, value in inputs.items() if key not in VISUALS}
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
+        """Several answers per prompt: rows are repeated, clips stay, the rows' index follows."""
+        clips = {key: kwargs.pop(key) for key in VISUALS if key in kwargs}
+        if clips and expand_size > 1:
+            index = clips.get("video_index")
+            if index is None:
+                has_video = (input_ids == self.config.video_token_id).any(1)
+                index = torch.arange(int(has_video.sum()))
+            clips["video_index"] = index.repeat_interleave(expand_size)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**kwargs, **clips}
+
+
+def new_connector(config: TlvConfig) -> nn.Module:
+    """The connector that a config asks for, weights as torch makes them."""
+    return build_connector(
+        config.connector_type,
+        vision_width=config.vision_config.hidden_size, llm_width=config.text_config.hidden_size,
+        num_queries=config.num_queries, num_groups=config.num_groups,
+        num_layers=config.num_resampler_layers, num_heads=config.resampler_heads,
+        head_dim=config.resampler_head_dim, position_dtype=config.position_dtype,
+    )  # fmt: skip
+
+
+AutoConfig.register("tlv", TlvConfig)
+AutoModel.register(TlvConfig, TlvForConditionalGeneration)
+AutoModelForImageTextToText.register(TlvConfig, TlvForConditionalGeneration)
+AutoProcessor.register(TlvConfig, TlvProcessor)
+
+
+# ---- builders -------------------------------------------------------------------------------
+
+
+def build_model(vision_dir, llm_dir, *, dtype=torch.float32, seed=0, **fields):
+    """A model of two pretrained folders and a fresh connector, and its processor.
+
+    `fields` are fields of TlvConfig. The same seed gives the same connector. Raises
+    ModelFolderError for a wrong folder, ValueError for a wrong field.
+    """
+    unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
+    vision_config = vision_part(read_config(vision_dir, "vision_dir"))
+    text_config = read_config(llm_dir, "llm_dir")
+    tokenizer = _load_part(AutoTokenizer, llm_dir, "llm_dir")
+    image_processor = _load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
+    if VIDEO_TOKEN not in tokenizer.get_added_vocab():
+        tokenizer.add_tokens([VIDEO_TOKEN], special_tokens=True)
+    config = TlvConfig(vision_config=vision_config, text_config=text_config,
+                       video_token_id=video_token_id(tokenizer), **fields)
+    with torch.device("meta"):
+        model = TlvForConditionalGeneration(config)
+    model.vision_encoder = load_vision_encoder(vision_dir, dtype)
+    model.language_model = load_pretrained(AutoModelForCausalLM, llm_dir, "llm_dir", dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.connector = new_connector(config).apply(model._init_weights).to(dtype)
+    model.config.dtype = dtype
+    model.generation_config = _generation_config(config, tokenizer)
+    return model.eval(), _build_processor(config, model.connector, image_processor, tokenizer)
+
+
+def _load_part(auto_class, path, what, **kwargs):
+    try:
+        return auto_class.from_pretrained(path, local_files_only=True, **kwargs)
+    except Exception as error:
+        raise ModelFolderError(f"{what} = {path}: {auto_class.__name__} finds nothing to load: "
+                               f"{str(error).splitlines()[0][:200]}") from error
+
+
+def _generation_config(config, tokenizer) -> GenerationConfig:
+    """Greedy, until the template's stop; a placeholder is never answered."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    in_vocabulary = config.video_token_id < config.text_config.vocab_size
+    return GenerationConfig(
+        eos_token_id=stop_token_ids(config.template, tokenizer), pad_token_id=pad,
+        suppress_tokens=[config.video_token_id] if in_vocabulary else None,
+    )  # fmt: skip
+
+
+def _build_processor(config, connector, image_processor, tokenizer) -> TlvProcessor:
+    num_patches = count_patches(config.vision_config, config.drop_first_patch)
+    one, two = connector.num_tokens(num_patches), connector.num_tokens(2 * num_patches)
+    return TlvProcessor(
+        image_processor, tokenizer, chat_template=to_jinja(config.template),
+        num_frames=config.num_frames, sampling=config.sampling, fps=config.fps,
+        max_frames=config.max_frames, tokens_per_clip=2 * one - two, tokens_per_frame=two - one,
+    )  # fmt: skip
+
+
+def load_model(model_dir, dtype=torch.float32, what: str = "model_dir"):
+    """(model, processor) of a folder that `save_pretrained` wrote. Raises ModelFolderError."""
+    config = read_config(model_dir, what)
+    if not isinstance(config, TlvConfig):
+        raise ModelFolderError(f"{what} = {model_dir}: a {config.model_type!r} model; a 'tlv' one "
+                               "is wanted, as notebooks 02 to 04 write it")
+    model = load_pretrained(TlvForConditionalGeneration, model_dir, what, dtype)
+    return model.eval(), _load_part(TlvProcessor, model_dir, what)
+
+
+def paper_config() -> TlvConfig:
+    """TinyLLaVA-Video's best: SigLIP-so400m-384, group resampler of 512 tokens, Qwen2.5-3B."""
+    vision = dict(
+        model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
+        num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14,
+    )  # fmt: skip
+    text = dict(
+        model_type="qwen2", vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
+        num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, rope_theta=1e6,
+        max_position_embeddings=32_768, tie_word_embeddings=True, bos_token_id=151_643,
+        eos_token_id=151_643,
+    )  # fmt: skip
+    return TlvConfig(vision_config=vision, text_config=text, drop_first_patch=True,
+                     video_token_id=151_665)  # fmt: skip
+
+
+def count_parameters(config: TlvConfig) -> dict[str, int]:
+    """Parameters per part, their total, and `unseen`: those of the encoder that the output never
+    depends on. Nothing is allocated (meta device), so any size can be counted."""
+    with torch.device("meta"):
+        model = TlvForConditionalGeneration(config)
+    parts = {"vision": model.vision_encoder, "connector": model.connector,
+             "llm": model.language_model}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    unseen = count_unseen(config.vision_config, config.vision_feature_layer)
+    return {**counts, "total": sum(counts.values()), "unseen": unseen}

@@ -1,0 +1,113 @@
+"""Text, clips and pictures -> what the model's forward and generate take. Saved beside the model.
+
+Frames are resized to the encoder's square (squashed, bicubic, PIL), divided by 255 and normalised
+as the encoder's own image processor says. Taught in notebook 02.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from tlv.chat import VIDEO_TOKEN, video_token_id
+from tlv.video import Clip, read_image, sample_frames
+
+
+class TlvProcessor(ProcessorMixin):
+    """An image processor, a tokenizer with `<video>`, and how many frames and tokens a clip has.
+
+    A clip of T frames becomes tokens_per_clip + T * tokens_per_frame video tokens.
+    """
+
+    # No argument may be called video_processor: it would be loaded through torchvision.
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=16,
+                 sampling="uniform", fps=1.0, max_frames=64, tokens_per_clip=0,
+                 tokens_per_frame=0):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.num_frames, self.sampling, self.fps = num_frames, sampling, fps
+        self.max_frames = max_frames
+        self.tokens_per_clip, self.tokens_per_frame = tokens_per_clip, tokens_per_frame
+
+    def num_tokens(self, num_frames: int) -> int:
+        """Video tokens of a clip of `num_frames` frames."""
+        return self.tokens_per_clip + num_frames * self.tokens_per_frame
+
+    def sample(self, path, timeout_s=None) -> Clip:
+        """Read the frames of a clip that this model is made for. Raises VideoError."""
+        return sample_frames(path, num_frames=self.num_frames, sampling=self.sampling,
+                             fps=self.fps, max_frames=self.max_frames, timeout_s=timeout_s)
+
+    def process_frames(self, frames) -> torch.Tensor:
+        """uint8 RGB (T, H, W, 3) -> float32 (T, C, H', W'), the encoder's input."""
+        frames = np.asarray(frames)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise ValueError(f"frames must be (T, H, W, 3) uint8, not {frames.shape} "
+                             f"{frames.dtype}")
+        pixels = self.image_processor(images=list(frames), return_tensors="pt").pixel_values
+        return pixels.float()
+
+    def __call__(self, images=None, text=None, videos=None, padding_side="left",
+                 add_special_tokens=True, return_tensors="pt", **kwargs) -> BatchFeature:
+        """Prompts and visuals -> input_ids, attention_mask, pixel_values_videos, video_index.
+
+        text: a string or list of B, with one `<video>` for each visual of the row. videos, images:
+        None, or per row None, a path, uint8 frames (T, H, W, 3) or (H, W, 3), or a list of at
+        most one of these. A picture is a clip of one frame. Rows that name the same clip share it.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        visuals = [[(False, v) for v in video] + [(True, i) for i in image]
+                   for video, image in zip(_per_row(videos, len(texts), "videos"),
+                                           _per_row(images, len(texts), "images"), strict=True)]
+        clips, rows, video_index = {}, [], []
+        for row, (prompt, found) in enumerate(zip(texts, visuals, strict=True)):
+            num_places = prompt.count(VIDEO_TOKEN)
+            if num_places != len(found) or num_places > 1:
+                raise ValueError(f"row {row}: {num_places} {VIDEO_TOKEN} in its text, but "
+                                 f"{len(found)} videos and images; at most one of each is right")
+            num_tokens = 0
+            for is_image, visual in found:
+                key = str(visual) if isinstance(visual, str | Path) else id(visual)
+                if key not in clips:
+                    clips[key] = self.process_frames(self._read(visual, is_image))
+                video_index.append(list(clips).index(key))
+                num_tokens = self.num_tokens(len(clips[key]))
+            rows.append(self._tokenize(prompt, num_tokens, add_special_tokens))
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side,
+                                   return_tensors="pt")  # fmt: skip
+        data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if clips:
+            data["pixel_values_videos"] = stack_equal(list(clips.values()))
+            data["video_index"] = torch.tensor(video_index)
+        return BatchFeature(data)
+
+    def _read(self, visual, is_image) -> np.ndarray:
+        """A path or frames -> (T, H, W, 3) uint8."""
+        if isinstance(visual, str | Path):
+            return read_image(visual) if is_image else self.sample(visual).frames
+        frames = np.asarray(visual)
+        return frames[None] if frames.ndim == 3 else frames
+
+    def _tokenize(self, prompt, num_tokens, add_special_tokens) -> list[int]:
+        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
+        placeholder = video_token_id(self.tokenizer)
+        return [i for token in ids for i in [token] * (num_tokens if token == placeholder else 1)]
+
+
+def _per_row(visuals, num_rows, name) -> list[list]:
+    """None, or one entry per row, each None, a visual or a list -> a list per row."""
+    if visuals is None:
+        return [[] for _ in range(num_rows)]
+    if isinstance(visuals, str | Path | np.ndarray):
+        visuals = [visuals]
+    if len(visuals) != num_rows:
+        raise ValueError(f"{len(visuals)} {name} for {num_rows} texts; give one per text, "
+                         "None where a text has none")
+    return [v if isinstance(v, list) else [] if v is None else [v] for v in visuals]
+
+
+def stack_equal(clips: list[torch.Tensor]):
+    """Clips of equal shape as one tensor (B, T, ...), others as the list they are."""
+    is_equal = all(clip.shape == clips[0].shape for clip in clips)
+    return torch.stack(clips) if is_equal else clips
