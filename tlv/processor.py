@@ -48,14 +48,18 @@ class TlvProcessor(ProcessorMixin):
         pixels = self.image_processor(images=list(frames), return_tensors="pt").pixel_values
         return pixels.float()
 
-    def __call__(self, images=None, text=None, videos=None, padding_side="left",
-                 add_special_tokens=True, return_tensors="pt", **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, padding=True, padding_side="left",
+                 add_special_tokens=True, return_tensors="pt", **others) -> BatchFeature:
         """Prompts and visuals -> input_ids, attention_mask, pixel_values_videos, video_index.
 
         text: a string or list of B, with one `<video>` for each visual of the row. videos, images:
         None, or per row None, a path, uint8 frames (T, H, W, 3) or (H, W, 3), or a list of at
         most one of these. A picture is a clip of one frame. Rows that name the same clip share it.
         """
+        others = {key: value for key, value in others.items() if value is not None}
+        if others or return_tensors not in ("pt", None):
+            raise TypeError(f"the processor gives torch tensors and takes no {sorted(others)}; how "
+                            "frames are sampled is its own num_frames, sampling, fps, max_frames")
         texts = [text] if isinstance(text, str) else list(text)
         visuals = [[(False, v) for v in video] + [(True, i) for i in image]
                    for video, image in zip(_per_row(videos, len(texts), "videos"),
@@ -74,8 +78,8 @@ class TlvProcessor(ProcessorMixin):
                 video_index.append(list(clips).index(key))
                 num_tokens = self.num_tokens(len(clips[key]))
             rows.append(self._tokenize(prompt, num_tokens, add_special_tokens))
-        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side,
-                                   return_tensors="pt")  # fmt: skip
+        batch = self.tokenizer.pad({"input_ids": rows}, padding=padding,
+                                   padding_side=padding_side, return_tensors="pt")  # fmt: skip
         data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if clips:
             data["pixel_values_videos"] = stack_equal(list(clips.values()))

@@ -1,0 +1,78 @@
+"""`python -m tlv.ask`: an answer and its frames, or one clear line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tlv.ask import answer, main
+from tlv.chat import render
+from tlv.video import write_video
+
+
+@pytest.fixture
+def clip(tmp_path, clip_frames):
+    write_video(tmp_path / "clip.mp4", clip_frames(9), fps=3)
+    return tmp_path / "clip.mp4"
+
+
+def test_answer_is_what_generate_gives(tiny, clip_frames):
+    model, processor = tiny
+    batch = processor(text=render([("<video>\nWhere?", None)], "qwen2_base"),
+                      videos=[clip_frames()])  # fmt: skip
+    ids = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    wanted = processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :],
+                                        skip_special_tokens=True).strip()  # fmt: skip
+    assert answer(model, processor, clip_frames(), "Where?", 8) == wanted
+    other = answer(model, processor, np.zeros_like(clip_frames()), "Where?", 8)
+    assert wanted and other != wanted
+    assert isinstance(answer(model, processor, None, "Where?", 8), str)
+
+
+def test_command_says_which_frames(clip, model_dir, capsys):
+    arguments = [str(clip), "What is he doing?", "--model", str(model_dir), "--device", "cpu"]
+    assert main([*arguments, "--max-new-tokens", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "frames looked at: 4 of 9 (3.00 s at 3 fps)" in printed
+    assert printed.endswith("0 (0.00 s), 2 (0.67 s), 5 (1.67 s), 8 (2.67 s)\n")
+
+
+def test_a_picture(tmp_path, clip_frames, model_dir, capsys):
+    Image.fromarray(clip_frames()[0]).save(tmp_path / "a.png")
+    arguments = [str(tmp_path / "a.png"), "What?", "--model", str(model_dir), "--device", "cpu"]
+    assert main([*arguments, "--max-new-tokens", "2"]) == 0
+    assert "the picture" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_as_a_user_runs_it(clip, model_dir):
+    command = [sys.executable, "-m", "tlv.ask", str(clip), "Where?", "--model", str(model_dir),
+               "--device", "cpu", "--max-new-tokens", "2"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "frames looked at: 4 of 9" in done.stdout
+    assert done.stderr == ""
+
+
+def test_bad_inputs_end_in_one_line(clip, model_dir, llm_dir, tmp_path, capsys):
+    torn = tmp_path / "torn.mp4"
+    torn.write_bytes(clip.read_bytes()[:2000])
+    cases = [
+        (clip, "What?", tmp_path / "none", "none: no such folder"),
+        (clip, "What?", tmp_path, "no config.json"),
+        (clip, "What?", llm_dir, "a 'qwen2' model; a 'tlv' one is wanted"),
+        (torn, "What?", model_dir, "torn.mp4: "),
+        (tmp_path / "no.mp4", "What?", model_dir, "no.mp4: no such file"),
+        (clip, " ", model_dir, "the question is empty"),
+    ]
+    for path, question, folder, message in cases:
+        assert main([str(path), question, "--model", str(folder), "--device", "cpu"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1 and err.startswith("tlv.ask: ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(clip, model_dir, capsys):
+    assert main([str(clip), "What?", "--model", str(model_dir), "--device", "cuda"]) == 0

@@ -1,0 +1,107 @@
+"""Pixels, prompts and the chat template of the processor."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tlv.chat import render
+from tlv.processor import TlvProcessor
+from tlv.video import write_video
+
+PROMPT = "<video>\nWhat is he doing?"
+
+
+@pytest.fixture
+def processor(tiny):
+    return tiny[1]
+
+
+def test_golden_pixels(tokenizer):
+    """Squashed to 384 x 384, bicubic, -1..1; numbers computed independently."""
+    frame = np.random.RandomState(0).randint(0, 256, (120, 200, 3)).astype(np.uint8)
+    image_processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+    pixels = TlvProcessor(image_processor, tokenizer).process_frames(frame[None])
+    assert pixels.shape == (1, 3, 384, 384) and pixels.dtype == torch.float32
+    wanted = [0.38824, 0.45098, 0.6, 0.63137]
+    assert pixels[0, 0, 0, :4].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert pixels.sum().item() == pytest.approx(1023.083, abs=0.05)
+    small = Image.fromarray(frame).resize((384, 384), Image.Resampling.BICUBIC)
+    by_hand = (torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255.0 - 0.5) / 0.5
+    assert torch.allclose(pixels[0], by_hand, atol=1e-6)
+
+
+def test_wrong_frames_are_refused(processor):
+    for frames in (np.zeros((4, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(ValueError, match="must be \\(T, H, W, 3\\) uint8, not"):
+            processor.process_frames(frames)
+
+
+def test_saved_and_loaded(processor, model_dir, clip_frames):
+    again = AutoProcessor.from_pretrained(model_dir)
+    assert isinstance(again, TlvProcessor)
+    assert (again.num_frames, again.tokens_per_clip, again.tokens_per_frame) == (4, 8, 0)
+    assert again.chat_template == processor.chat_template and again.tokenizer.pad_token == "<|pad|>"
+    frames = clip_frames()
+    assert torch.equal(again.process_frames(frames), processor.process_frames(frames))
+
+
+def test_prompts_are_expanded_and_padded_on_the_left(processor, clip_frames):
+    batch = processor(text=[PROMPT, "Hi."], videos=[clip_frames(), None])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    placeholder = processor.tokenizer.convert_tokens_to_ids("<video>")
+    assert (ids == placeholder).sum(1).tolist() == [8, 0]
+    assert batch["pixel_values_videos"].shape == (1, 4, 3, 16, 16)
+    assert mask[1, 0] == 0 and mask[:, -1].all()
+    assert ids[1, mask[1] == 1].tolist() == processor.tokenizer("Hi.").input_ids
+    right = processor(text=[PROMPT, "Hi."], videos=[clip_frames(), None], padding_side="right")
+    assert right["attention_mask"][1, -1] == 0
+
+
+def test_clips_and_pictures_from_files(processor, clip_frames, tmp_path):
+    write_video(tmp_path / "a.mp4", clip_frames(9), fps=3)
+    Image.fromarray(clip_frames()[0]).save(tmp_path / "b.png")
+    batch = processor(text=[PROMPT] * 3, videos=[tmp_path / "a.mp4", None, tmp_path / "a.mp4"],
+                      images=[None, tmp_path / "b.png", None])  # fmt: skip
+    assert batch["video_index"].tolist() == [0, 1, 0]
+    assert [clip.shape[0] for clip in batch["pixel_values_videos"]] == [4, 1]
+    clip = processor.sample(tmp_path / "a.mp4")
+    assert clip.indices.tolist() == [0, 2, 5, 8]
+    assert torch.equal(batch["pixel_values_videos"][0], processor.process_frames(clip.frames))
+
+
+def test_visuals_must_fit_the_text(processor, clip_frames):
+    with pytest.raises(ValueError, match="row 0: 1 <video> in its text, but 0 videos"):
+        processor(text=[PROMPT])
+    with pytest.raises(ValueError, match="row 1: 0 <video> in its text, but 1 videos"):
+        processor(text=[PROMPT, "Hi."], videos=[clip_frames(), clip_frames()])
+    with pytest.raises(ValueError, match="row 0: 1 <video> in its text, but 2 videos"):
+        processor(text=[PROMPT], videos=[clip_frames()], images=[clip_frames()[0]])
+    with pytest.raises(ValueError, match="1 videos for 2 texts"):
+        processor(text=[PROMPT, "Hi."], videos=[clip_frames()])
+    with pytest.raises(TypeError, match="takes no \\['num_frames'\\]"):
+        processor(text=[PROMPT], videos=[clip_frames()], num_frames=8)
+
+
+def test_chat_template(processor, clip_frames, tmp_path):
+    """Messages through `apply_chat_template` give what `render` and a plain call give."""
+    write_video(tmp_path / "a.mp4", clip_frames(6), fps=3)
+    words = {"type": "text", "text": "What is he doing?"}
+    asked = [{"role": "user",
+              "content": [words, {"type": "video", "path": str(tmp_path / "a.mp4")}]}]  # fmt: skip
+    text = processor.apply_chat_template(asked, add_generation_prompt=True)
+    assert text == render([(PROMPT, None)], "qwen2_base")
+    answered = [*asked, {"role": "assistant", "content": "Running."}]
+    assert processor.apply_chat_template(answered) == render([(PROMPT, "Running.")], "qwen2_base")
+    plain = processor(text=text, videos=[tmp_path / "a.mp4"])
+    for conversation in (asked, [asked]):
+        batch = processor.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        assert torch.equal(batch["input_ids"], plain["input_ids"])
+        assert torch.equal(batch["pixel_values_videos"], plain["pixel_values_videos"])
+    with pytest.raises(Exception, match="role tool is unknown"):
+        processor.apply_chat_template([{"role": "tool", "content": "x"}])

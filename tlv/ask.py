@@ -1,0 +1,74 @@
+"""Ask a trained model about one clip: `python -m tlv.ask CLIP "question" --model DIR`.
+
+Prints the answer, then the frames it was read from. Taught in notebook 04.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from tlv.chat import render, with_video
+from tlv.model import load_model
+from tlv.pretrained import ModelFolderError
+from tlv.video import Clip, VideoError, read_image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@torch.inference_mode()
+def answer(model, processor, frames, question: str, max_new_tokens: int = 64) -> str:
+    """The greedy answer to one question about frames (T, H, W, 3) uint8; None asks without."""
+    asked = question if frames is None else with_video(question)
+    prompt = render([(asked, None)], model.config.template)
+    batch = processor(text=prompt, videos=[frames]).to(model.device)
+    ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    new = ids[0, batch["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def describe_frames(clip: Clip) -> str:
+    """Which frames were looked at: numbers in the file and seconds."""
+    seen = ", ".join(f"{number} ({second:.2f} s)" for number, second in
+                     zip(clip.indices.tolist(), clip.timestamps.tolist(), strict=True))  # fmt: skip
+    return (f"frames looked at: {len(clip.indices)} of {clip.num_frames_total} "
+            f"({clip.duration:.2f} s at {clip.fps:g} fps)\n{seen}")
+
+
+def ask(path, question, model_dir, device="cpu", max_new_tokens=64, timeout_s=60.0) -> str:
+    """The whole of the command: what it prints. Raises VideoError, ModelFolderError, ValueError."""
+    if not question.strip():
+        raise ValueError("the question is empty; write it in quotes after the clip")
+    is_picture = Path(path).suffix.lower() in PICTURES
+    if not Path(path).is_file():
+        raise VideoError(path, "no such file")
+    model, processor = load_model(model_dir, what="--model")
+    if is_picture:
+        frames, looked = read_image(path), "frames looked at: the picture"
+    else:
+        clip = processor.sample(path, timeout_s)
+        frames, looked = clip.frames, describe_frames(clip)
+    return f"{answer(model.to(device), processor, frames, question, max_new_tokens)}\n{looked}"
+
+
+def main(arguments=None) -> int:
+    """Run the command; 2 and one line on stderr if it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m tlv.ask", description=__doc__.split("\n")[0])
+    parser.add_argument("clip", help="a video or picture file")
+    parser.add_argument("question")
+    parser.add_argument("--model", required=True, metavar="DIR",
+                        help="a checkpoint, such as outputs/tiny/04_sft/checkpoint")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args(arguments)
+    try:
+        print(ask(a.clip, a.question, a.model, a.device, a.max_new_tokens))
+    except (VideoError, ModelFolderError, ValueError) as error:
+        print(f"tlv.ask: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
