@@ -140,7 +140,7 @@ def test_visuals_and_counts_must_agree(bytes_tokenizer):
         encode(TURNS[1:], "qwen2_base", bytes_tokenizer, 8)
     with pytest.raises(ConversationError, match="only the last answer"):
         render([("a", None), ("b", "c")], "qwen2_base")
-    with pytest.raises(ValueError, match="'vicuna' is unknown; known are pretrain, qwen2_base"):
+    with pytest.raises(ValueError, match="'vicuna' is unknown; known are .*qwen2_base"):
         render(TURNS, "vicuna")
 
 
