@@ -98,16 +98,19 @@ def remove_others(root: Path, mark: str) -> None:
 # ---- the state of a run ---------------------------------------------------------------------
 
 
-def _use_safe_loading(engine) -> None:
-    """DeepSpeed loads checkpoints as pickles; load tensors and a few named classes instead."""
+def safe_classes() -> list:
+    """What may stand in DeepSpeed's checkpoint files besides tensors and plain values."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, getattr, set]
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
+
+def _use_safe_loading(engine) -> None:
+    """DeepSpeed loads checkpoints as pickles; load tensors and the classes above instead."""
     def load(path, map_location=None):
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(safe_classes()):
             return torch.load(path, map_location=map_location, weights_only=True)
 
     engine.checkpoint_engine.load = load

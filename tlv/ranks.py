@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import threading
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,31 +63,34 @@ def start_ranks(device: str, num_threads: int, seed: int) -> Ranks:
         raise ValueError("device = 'cuda' but this machine has no usable GPU; take 'auto' or 'cpu'")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     os.environ["DS_ACCELERATOR"] = kind  # read when deepspeed is first imported
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
-                        ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19 calls torch functions by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if kind == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
         torch.set_num_threads(num_threads)
         where = torch.device("cpu")
     else:
-        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(seed)
-    deepspeed.init_distributed(dist_backend="gloo" if kind == "cpu" else "nccl")
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
+                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
+            os.environ.setdefault(name, value)  # set already where a launcher started us
+        deepspeed.init_distributed(dist_backend="gloo" if kind == "cpu" else "nccl")
     return Ranks(dist.get_rank(), dist.get_world_size(), where)
 
 
-def stop_ranks(engine) -> None:
-    """Leave in order (a bare end right after ZeRO-3 was seen to abort): wait, take down, leave."""
-    dist.barrier()
-    engine.destroy()
+def leave(ranks: Ranks) -> None:
+    """End this process's part in the group, when everybody has come here.
+
+    Once per process: DeepSpeed keeps the group, so a second run in one process joins it again.
+    """
+    ranks.barrier()
     dist.destroy_process_group()
 
 

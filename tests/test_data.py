@@ -1,0 +1,215 @@
+"""The order of samples, how they become micro-batches, and what happens to bad ones."""
+
+import json
+
+import pytest
+import torch
+from toy_manifest import make_sample, make_world, turn
+
+from tlv import processor as processor_module
+from tlv.chat import IGNORE_INDEX
+from tlv.config import ConfigError
+from tlv.data import (
+    BadSample,
+    BadSamples,
+    FeatureCache,
+    TooManyBadSamples,
+    VideoTextDataset,
+    collate,
+    epoch_order,
+    load_samples,
+    make_loader,
+    rank_batches,
+    sample_stream,
+)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), 4)
+
+
+@pytest.fixture
+def make(world, tiny):
+    """make(samples or None, **options) -> dataset on the tiny model."""
+
+    def build(samples=None, **options):
+        samples = samples or load_samples(world / "data.json")
+        return VideoTextDataset(samples, world, *tiny, **options)
+
+    return build
+
+
+# ---- order ----------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_everything_in_an_order_of_its_own():
+    first, second = epoch_order(50, 3, 0), epoch_order(50, 3, 1)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert list(first) != list(second) != list(epoch_order(50, 4, 1))
+    assert list(first) == list(epoch_order(50, 3, 0))
+
+
+def test_the_stream_is_the_epochs_one_after_the_other():
+    stream = sample_stream(7, 1, 0, 21)
+    assert list(stream) == [i for e in range(3) for i in epoch_order(7, 1, e)]
+    assert list(sample_stream(7, 1, 5, 16)) == list(stream[5:16])
+    assert len(sample_stream(7, 1, 0, 0)) == 0
+
+
+def test_ranks_and_accumulation_share_the_same_global_batches():
+    stream = sample_stream(40, 0, 0, 24)
+    one = rank_batches(stream, 2, 0, 1)  # 12 micro-batches
+    for world_size in (2, 4):
+        ranks = [rank_batches(stream, 2, r, world_size) for r in range(world_size)]
+        assert [b for together in zip(*ranks, strict=True) for b in together] == one
+
+
+def test_every_rank_gets_equally_many_micro_batches_even_if_some_are_empty():
+    ranks = [rank_batches(range(5), 2, r, 4) for r in range(4)]
+    assert ranks == [[[0, 1]], [[2, 3]], [[4]], [[]]]
+
+
+# ---- samples --------------------------------------------------------------------------------
+
+
+def test_packed_turns_are_one_row_and_separate_turns_share_the_clip(make):
+    packed, separate = make()[1], make(turns="separate")[1]
+    assert len(packed["rows"]) == 1 and len(separate["rows"]) == 2
+    assert torch.equal(packed["clip"], separate["clip"])
+    answers = [[t for t in row["labels"] if t != IGNORE_INDEX] for row in separate["rows"]]
+    assert [t for t in packed["rows"][0]["labels"] if t != IGNORE_INDEX] == sum(answers, [])
+    # asked alone: the second row holds the visual, and nothing of the first turn
+    placeholder = make().config.video_token_id
+    assert all(row["input_ids"].count(placeholder) == 8 for row in separate["rows"])
+    text = make().tokenizer.decode(separate["rows"][1]["input_ids"])
+    assert "And then?" in text and "What happens" not in text
+
+
+def test_each_kind_of_bad_sample_is_named_with_its_reason(make, world):
+    (world / "broken.mp4").write_bytes(b"no clip")
+    (world / "folder.mp4").mkdir(exist_ok=True)
+    good = make_sample(0, "0.mp4")
+    question, answer = good["conversations"][:2]
+    bad = {
+        "no such file": {"video": "missing.mp4"},
+        "not a readable video": {"video": "broken.mp4"},
+        "relative to videos_dir": {"video": 7},
+        "must be gpt": {"conversations": [question, question]},
+        "must be human, gpt": {"conversations": [question]},
+        "max_seq_len is 256": {"conversations": [question, turn("gpt", "left and " * 300)]},
+        "placeholder": {"conversations": [turn("human", "What?"), answer]},
+    }
+    dataset = make([good | changes for changes in bad.values()] + ["no object"])
+    for item, words in zip(dataset, [*bad, "no JSON object"], strict=True):
+        assert isinstance(item, BadSample) and words in item.reason, (words, item)
+    assert dataset[0].id == "s0" and "missing.mp4" in dataset[0].reason
+    assert str(world) not in dataset[0].reason  # the same text in every clone
+
+
+def test_a_clip_that_hangs_the_decoder_is_a_bad_sample(make):
+    item = make(timeout_s=1e-6)[0]
+    assert isinstance(item, BadSample) and "was stopped" in item.reason
+
+
+def test_a_missing_manifest_or_folder_is_named(tmp_path, tiny):
+    with pytest.raises(ConfigError, match="none.json: no such file"):
+        load_samples(tmp_path / "none.json")
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(ConfigError, match="at least one sample"):
+        load_samples(tmp_path / "empty.json")
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        VideoTextDataset([{}], tmp_path / "nowhere", *tiny)
+
+
+# ---- micro-batches --------------------------------------------------------------------------
+
+
+def test_a_bad_sample_leaves_a_place_that_weighs_nothing(make):
+    dataset = make()
+    items = [dataset[0], BadSample("x", "why"), dataset[1]]
+    batch = collate(items, num_clips=3, blank=dataset.blank(), pad_id=5)
+    assert batch["bad"] == [items[1]]
+    assert batch["clips"].shape == (3, 4, 3, 16, 16)
+    assert batch["video_index"].tolist() == [0, 1, 2]
+    assert (batch["labels"][2] == IGNORE_INDEX).all()
+    count = (batch["labels"][:2] != IGNORE_INDEX).sum().item()
+    rows = [dataset[i]["rows"][0]["labels"] for i in (0, 1)]
+    assert count == sum(t != IGNORE_INDEX for row in rows for t in row)
+    padded = batch["attention_mask"] == 0
+    assert (batch["input_ids"][padded] == 5).all()
+    assert (batch["labels"][padded] == IGNORE_INDEX).all()
+
+
+def test_a_micro_batch_without_any_sample_still_runs_the_same_modules(make):
+    dataset = make()
+    batch = collate([], num_clips=2, blank=dataset.blank(), pad_id=0)
+    assert batch["clips"].shape[0] == 2 and (batch["labels"] == IGNORE_INDEX).all()
+
+
+def test_rows_of_one_clip_point_to_it_and_text_alone_has_none(make):
+    samples = [make_sample(0, "0.mp4"), make_sample(1, "1.mp4")]
+    text = {"id": "t", "conversations": [turn("human", "Hi?"), turn("gpt", "Hello.")]}
+    dataset = make([samples[0], text, samples[1]], turns="separate")
+    batch = collate(list(dataset), num_clips=3, blank=dataset.blank(), pad_id=0)
+    assert batch["video_index"].tolist() == [0, 0, 1, 1, 2]
+    has_visual = (batch["input_ids"] == dataset.config.video_token_id).any(1).tolist()
+    assert has_visual == [True, True, False, True, True, True]
+
+
+def test_workers_give_the_same_micro_batches(make):
+    dataset = make(timeout_s=None)
+    batches = [[0, 2], [3], []]
+    plain = list(make_loader(dataset, batches, 2, 0))
+    forked = list(make_loader(dataset, batches, 2, 1))
+    for a, b in zip(plain, forked, strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["clips"], b["clips"])
+
+
+# ---- features -------------------------------------------------------------------------------
+
+
+def test_the_cache_encodes_each_clip_once_and_gives_the_encoders_features(
+    make, tiny, monkeypatch
+):
+    samples = [make_sample(i, f"{i % 2}.mp4") for i in range(4)]
+    dataset, model = make([*samples, make_sample(4, "missing.mp4")]), tiny[0]
+    pixels, calls = dataset[1]["clip"], []
+    decode = processor_module.sample_frames
+    monkeypatch.setattr(processor_module, "sample_frames",
+                        lambda path, **kw: calls.append(path) or decode(path, **kw))
+    cache = FeatureCache(model, "cpu", torch.float32)
+    cache.fill(dataset, range(5))
+    cache.fill(dataset, range(5))
+    assert len(calls) == 3 and len(cache) == 3
+    dataset.cache = cache
+    with torch.no_grad():
+        expected = model.vision_features(pixels)
+    assert torch.equal(dataset[1]["clip"], expected) and len(calls) == 3
+    assert "no such file" in dataset[4].reason
+    assert dataset.blank()["clip"].shape == expected.shape
+
+
+# ---- too many -------------------------------------------------------------------------------
+
+
+def test_too_many_bad_samples_stop_with_examples():
+    bad = BadSamples(0.05)
+    bad.add("train", [("a", "empty file"), ("a", "empty file")])  # seen in two epochs: one sample
+    bad.check("train", 10, 1000)
+    bad.add("train", [(f"b{i}", "empty file") for i in range(5)])
+    with pytest.raises(TooManyBadSamples) as error:
+        bad.check("train", 10, 1000)
+    assert "6 bad train samples among 100" in str(error.value) and "a: empty" in str(error.value)
+    bad.check("train", 120, 1000)  # as many of more seen are within the share
+    bad.check("val", 1, 1)
+    with pytest.raises(TooManyBadSamples):
+        bad.check("train", 10_000, 100)  # never more than there are
+
+
+def test_the_list_of_bad_samples_survives_a_restart():
+    bad = BadSamples(1.0)
+    bad.add("train", [("b", "x"), ("a", "y")])
+    stored = json.loads(json.dumps(bad.as_list()))
+    assert BadSamples(1.0, stored).as_list() == bad.as_list() == [
+        {"split": "train", "id": "a", "reason": "y"}, {"split": "train", "id": "b", "reason": "x"}]

@@ -1,0 +1,315 @@
+"""Manifest -> samples -> micro-batches, in an order that any number of ranks shares.
+
+A sample that cannot be used (clip missing, undecodable or hanging; conversation that does not
+alternate; sequence too long) becomes a `BadSample`: skipped, counted and listed, never replaced.
+Nothing is cut: a sequence over max_seq_len is a bad sample. Taught in notebooks 03 and 04.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tlv.chat import (
+    IGNORE_INDEX,
+    VIDEO_TOKEN,
+    ConversationError,
+    encode,
+    parse_conversation,
+    with_video,
+)
+from tlv.config import ConfigError, load_json
+from tlv.video import VideoError, read_image
+from tlv.vision import count_patches
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that training skips, and why."""
+
+    id: str
+    reason: str
+
+
+class TooManyBadSamples(RuntimeError):
+    """More than the allowed share of the samples cannot be used."""
+
+
+def load_samples(path) -> list[dict]:
+    """Read a manifest: a JSON list of LLaVA samples, at least one. Raises ConfigError."""
+    samples = load_json(path)
+    if not isinstance(samples, list) or not samples:
+        raise ConfigError(f"{path}: must be a JSON list with at least one sample")
+    return samples
+
+
+# ---- order: pure functions of the seed ------------------------------------------------------
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of range(num_samples) in which `epoch` (from 0) visits the samples."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def sample_stream(num_samples: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Sample numbers at the places start..stop of the endless stream of epochs, one by one."""
+    epochs = range(start // num_samples, (stop - 1) // num_samples + 1)
+    if not epochs:
+        return np.zeros(0, dtype=int)
+    order = np.concatenate([epoch_order(num_samples, seed, e) for e in epochs])
+    offset = epochs[0] * num_samples
+    return order[start - offset : stop - offset]
+
+
+def rank_batches(stream, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """This rank's micro-batches: the stream in slices, dealt to the ranks in turn.
+
+    So one rank with two accumulation steps and two ranks with one see the same micro-batches.
+    A stream that does not divide leaves short (or empty) micro-batches at the end, and every
+    rank has equally many.
+    """
+    per_round = micro_batch_size * world_size
+    first = rank * micro_batch_size
+    starts = range(first, first + -(-len(stream) // per_round) * per_round, per_round)
+    return [[int(i) for i in stream[s : s + micro_batch_size]] for s in starts]
+
+
+# ---- one sample -----------------------------------------------------------------------------
+
+
+class VideoTextDataset(Dataset):
+    """Manifest samples as encoded rows and a clip; a bad one as a BadSample (nothing is raised).
+
+    turns = "packed": one row per sample, all its turns in one sequence (the published form).
+    turns = "separate": a row per turn, each question alone; the rows share the sample's clip.
+    `cache` (a filled FeatureCache) gives what the vision encoder made of the clip, in its place.
+    """
+
+    def __init__(self, samples, videos_dir, model, processor, *, template=None, turns="packed",
+                 timeout_s=None, cache=None):
+        if not Path(videos_dir).is_dir():
+            raise ConfigError(f"videos_dir = {videos_dir}: no such folder")
+        self.samples, self.videos_dir, self.cache = samples, Path(videos_dir), cache
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.config, self.turns, self.timeout_s = model.config, turns, timeout_s
+        self.template = template or self.config.template
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict | BadSample:
+        sample = self.samples[index]
+        if not isinstance(sample, dict):
+            return BadSample(f"#{index}", f"{sample!r:.80} is no JSON object")
+        name = str(sample.get("id", f"#{index}"))
+        try:
+            turns = parse_conversation(sample)
+            clip = self._load(sample)
+            num_frames = None if clip is None else len(clip)
+            rows = self._encode(turns, num_frames)
+        except VideoError as error:  # its path may be absolute: name the file as the manifest does
+            return BadSample(name, f"{sample.get('video', sample.get('image'))}: {error.reason}")
+        except (ConversationError, BadRow) as error:
+            return BadSample(name, str(error))
+        return {"id": name, "clip": clip, "rows": rows}
+
+    def path(self, sample) -> Path | None:
+        """The sample's clip or picture; None for a sample of text alone."""
+        file = sample.get("video", sample.get("image"))
+        if file is None:
+            return None
+        if not isinstance(file, str) or not file:
+            raise VideoError(repr(file), "'video' must be a file name relative to videos_dir")
+        return self.videos_dir / file
+
+    def _load(self, sample) -> torch.Tensor | None:
+        path = self.path(sample)
+        if path is None:
+            return None
+        return self.read(path, "video" not in sample) if self.cache is None else self.cache[path]
+
+    def read(self, path, is_image: bool) -> torch.Tensor:
+        """Decode one clip or picture -> (T, C, H, W) float32. Raises VideoError."""
+        if is_image:
+            frames = read_image(path)  # (1, H, W, 3)
+        else:
+            frames = self.processor.sample(path, self.timeout_s).frames  # (T, H, W, 3)
+        return self.processor.process_frames(frames)
+
+    def _encode(self, turns, num_frames: int | None) -> list[dict]:
+        """Rows of input_ids and labels; `num_frames` None is a sample of text alone."""
+        num_tokens = None if num_frames is None else self.processor.num_tokens(num_frames)
+        conversations = [turns]
+        if self.turns == "separate":
+            is_visual = num_frames is not None
+            conversations = [[(with_video(q) if is_visual else q, a)] for q, a in turns]
+        rows = [encode(c, self.template, self.tokenizer, num_tokens) for c in conversations]
+        for row in rows:
+            check_row(row, self.config.max_seq_len)
+        return rows
+
+    def blank(self) -> dict:
+        """An item that weighs nothing: one black clip, no answer. It fills a bad sample's place.
+
+        Every rank so runs the same modules equally often, and none waits for another.
+        """
+        vision, num_frames = self.config.vision_config, self.processor.num_frames
+        if self.processor.sampling == "fps":
+            num_frames = 1
+        if self.cache is None:
+            size = vision.image_size
+            clip = torch.zeros(num_frames, vision.num_channels, size, size)
+        else:
+            num_patches = count_patches(vision, self.config.drop_first_patch)
+            clip = torch.zeros(num_frames, num_patches, vision.hidden_size)
+        num_tokens = self.processor.num_tokens(num_frames)
+        row = encode([(VIDEO_TOKEN, "")], self.template, self.tokenizer, num_tokens)
+        return {"id": "", "clip": clip,
+                "rows": [{**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}]}
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on."""
+
+
+def check_row(row: dict, max_seq_len: int) -> None:
+    """Refuse a row that is too long (it is never cut) or supervises nothing."""
+    length = len(row["input_ids"])
+    if length > max_seq_len:
+        raise BadRow(f"its sequence has {length} tokens, max_seq_len is {max_seq_len}; "
+                     "split the conversation or take fewer video tokens")
+    if all(label == IGNORE_INDEX for label in row["labels"]):
+        raise BadRow("no token of it is an answer; give every turn an answer")
+
+
+# ---- features of a frozen encoder, computed once --------------------------------------------
+
+
+class FeatureCache:
+    """What the frozen vision encoder makes of each clip, (T, N, D_v), kept in memory.
+
+    Filled before training, with the encoder in the precision of training: the losses are those
+    without a cache. A clip that cannot be read keeps its error, which is raised when asked for.
+    """
+
+    def __init__(self, model, device, dtype):
+        self._model, self._device, self._dtype = model, device, dtype
+        self._found: dict[Path, torch.Tensor | VideoError] = {}
+
+    def fill(self, dataset: VideoTextDataset, indices, progress=iter) -> None:
+        """Decode and encode the clips of the samples `indices`, each once."""
+        encoder = self._model.vision_encoder.to(self._device, self._dtype).eval()
+        encoder.requires_grad_(False)
+        for index in progress(sorted(set(indices))):
+            sample = dataset.samples[index]
+            path = _path_or_none(dataset, sample)
+            if path is None or path in self._found:
+                continue
+            try:
+                pixels = dataset.read(path, "video" not in sample)  # (T, C, H, W)
+                with torch.no_grad():
+                    pixels = pixels.to(self._device, self._dtype)
+                    self._found[path] = self._model.vision_features(pixels).cpu()  # (T, N, D_v)
+            except VideoError as error:
+                self._found[path] = error
+
+    def __getitem__(self, path: Path) -> torch.Tensor:
+        found = self._found[path]
+        if isinstance(found, VideoError):
+            raise found
+        return found
+
+    def __len__(self):
+        return len(self._found)
+
+
+def _path_or_none(dataset, sample) -> Path | None:
+    try:
+        return dataset.path(sample) if isinstance(sample, dict) else None
+    except VideoError:
+        return None
+
+
+# ---- micro-batches --------------------------------------------------------------------------
+
+
+def collate(items, *, num_clips: int, blank: dict, pad_id: int,
+            clip_key: str = "pixel_values_videos") -> dict:
+    """Items -> one micro-batch of exactly `num_clips` clips, padded on the right.
+
+    Returns input_ids, labels, attention_mask (R, L), `clips` (num_clips, T, ...) or a list where
+    lengths differ, the model's name for them (clip_key), video_index (visual rows,) and `bad`,
+    a list of BadSample.
+    """
+    bad = [item for item in items if isinstance(item, BadSample)]
+    good = [item for item in items if not isinstance(item, BadSample)]
+    num_visual = sum(item["clip"] is not None for item in good)
+    good += [blank] * (num_clips - num_visual)
+    rows, clips, video_index = [], [], []
+    for item in good:
+        rows += item["rows"]
+        if item["clip"] is not None:
+            video_index += [len(clips)] * len(item["rows"])
+            clips.append(item["clip"])
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def pad(values, fill):
+        return torch.tensor([list(v) + [fill] * (length - len(v)) for v in values])  # (R, L)
+
+    if len({clip.shape for clip in clips}) == 1:
+        clips = torch.stack(clips)
+    return {
+        "input_ids": pad([row["input_ids"] for row in rows], pad_id),
+        "labels": pad([row["labels"] for row in rows], IGNORE_INDEX),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        "clips": clips,
+        "clip_key": clip_key,
+        "video_index": torch.tensor(video_index),
+        "bad": bad,
+    }
+
+
+def make_loader(dataset, batches, micro_batch_size: int, num_workers: int) -> DataLoader:
+    """Collated micro-batches of the samples in `batches`, in that order."""
+    blank, pad_id = dataset.blank(), dataset.tokenizer.pad_token_id
+    clip_key = "pixel_values_videos" if dataset.cache is None else "video_features"
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=num_workers,
+        collate_fn=lambda items: collate(items, num_clips=micro_batch_size, blank=blank,
+                                         pad_id=pad_id, clip_key=clip_key),
+        generator=torch.Generator().manual_seed(0),  # leave the global one alone
+        multiprocessing_context="fork" if num_workers else None,
+    )
+
+
+class BadSamples:
+    """The distinct bad samples of a run, and the stop when they are too many."""
+
+    SMALL = 100  # the share counts from this many samples on, so that one early one does not stop
+
+    def __init__(self, max_share: float, found=()):
+        self.max_share = max_share
+        self.found = {(f["split"], f["id"]): f["reason"] for f in found}
+
+    def add(self, split: str, bad) -> None:
+        """bad: (id, reason) pairs."""
+        for name, reason in bad:
+            self.found.setdefault((split, name), reason)
+
+    def as_list(self) -> list[dict]:
+        """What report.json lists."""
+        return [{"split": split, "id": name, "reason": reason}
+                for (split, name), reason in sorted(self.found.items())]
+
+    def check(self, split: str, num_seen: int, num_samples: int) -> None:
+        """Raise TooManyBadSamples when their share of what was seen exceeds the limit."""
+        bad = [(name, why) for (where, name), why in self.found.items() if where == split]
+        seen = max(min(num_seen, num_samples), min(num_samples, self.SMALL))
+        if len(bad) > self.max_share * seen:
+            examples = "\n".join(f"  {name}: {why}" for name, why in bad[:5])
+            raise TooManyBadSamples(
+                f"{len(bad)} bad {split} samples among {seen}: more than max_bad_share = "
+                f"{self.max_share:g}. Filter the manifest (notebook 01) or raise the limit. "
+                f"The first ones:\n{examples}")
