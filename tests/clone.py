@@ -14,7 +14,8 @@ from tlv import ROOT
 
 def run(command, folder, **options) -> str:
     """Run a command in `folder` with its own tlv; returns what it printed, fails with it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "DVC_", "TLV_"))}
+    outer = ("GIT_", "DVC_", "MAKE", "MFLAGS")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
     env |= {
         "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
         "PYTHONPATH": str(folder),

@@ -22,7 +22,6 @@ def nbval(name, root=ROOT) -> subprocess.CompletedProcess:
     """Run a committed notebook with its defaults; cells tagged nbval-check-output are compared."""
     env = os.environ | notebooks.environment(num_threads=1)
     env |= {"TQDM_DISABLE": "1", "PYTHONPATH": str(root)}
-    env.pop("TLV_STAGE", None)
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p",
                "no:cacheprovider", "--nbval-sanitize-with", str(ROOT / "tests/nbval.cfg"),
                "--nbval-cell-timeout", "300", f"notebooks/{name}.ipynb"]  # fmt: skip

@@ -79,6 +79,13 @@ def test_right_parameters_pass(root):
     assert stage.load_stage_params("00_x", "tiny", notebook()) == {"out_dir": "outputs/tiny/00_x"}
 
 
+def test_a_stage_never_reads_what_the_smoke_run_left(root):
+    write(root)
+    source = notebook(parameters=PARAMETERS + 'world_dir = "outputs/scratch/00_toy_world"  # in')
+    with pytest.raises(NotebookError, match="params/tiny/00_x.yaml: set `world_dir`; its default"):
+        stage.load_stage_params("00_x", "tiny", source)
+
+
 def test_missing_files_and_cells_are_named(root):
     with pytest.raises(NotebookError, match="params/gpu/00_x.yaml: no such file; presets: tiny"):
         stage.load_stage_params("00_x", "gpu", notebook())
@@ -151,7 +158,7 @@ def test_run_makes_a_reproducible_copy_and_records_its_cost(root, capfd):
     body = f"""
 import os, sys
 print("seed", seed, os.getcwd() == {str(root)!r})
-print(os.environ["TLV_STAGE"], os.environ["OMP_NUM_THREADS"])
+print(os.environ["OMP_NUM_THREADS"], "threads")
 print("progress " * 2, file=sys.stderr)
 block = bytearray(200_000_000)
 """
@@ -162,7 +169,7 @@ block = bytearray(200_000_000)
         copies.append((root / "outputs/tiny/00_x/run.ipynb").read_bytes())
     assert copies[0] == copies[1]
     (output,) = nbformat.reads(copies[0].decode(), as_version=4).cells[-1].outputs
-    assert output.text == "seed 3 True\n00_x 2\n"
+    assert output.text == "seed 3 True\n2 threads\n"
     shown = capfd.readouterr()  # it streams to the terminal, progress too
     assert "seed 3 True" in shown.out and "progress progress" in shown.err
     cost = costs.read_costs("tiny")["00_x"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from tlv import ROOT, notebooks
 from tlv.files import write_text
 
-# Stand-ins for missing inputs: they run only where there is no stage (they refuse under TLV_STAGE).
+# It makes stand-ins for missing inputs below outputs/scratch/, which no stage may read.
 NOT_FOLLOWED = {"tlv.smoke"}
 
 

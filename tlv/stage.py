@@ -32,6 +32,10 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
         raise NotebookError(f"{source}: remove `out_dir`; the stage sets outputs/{preset}/{name}")
     values["out_dir"] = f"outputs/{preset}/{name}"
     notebooks.check_parameters(values, notebook, source, where)
+    for key, (default, _) in notebooks.parameters(notebook, where).items():
+        value = values.get(key, default)
+        if isinstance(value, str) and value.startswith("outputs/scratch"):
+            raise NotebookError(f"{source}: set `{key}`; its default {value} is the smoke run's")
     return values
 
 
@@ -50,9 +54,8 @@ def run(name: str, preset: str) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
     num_threads = (defaults | values).get("num_threads", 1)
-    # TLV_STAGE tells tlv.smoke that stand-ins are not allowed here. Bars redraw every 5 s.
-    os.environ.update(notebooks.environment(num_threads))
-    os.environ.update({"TLV_STAGE": name, "TQDM_MININTERVAL": "5"})
+    # Progress bars stay, for who watches, but redraw every 5 s: in a log each is a line.
+    os.environ.update(notebooks.environment(num_threads) | {"TQDM_MININTERVAL": "5"})
     target, start = out_dir / "run.ipynb", time.monotonic()
     print(f"{name}: running with params/{preset}/{name}.yaml, {num_threads} thread(s)", flush=True)
     try:
