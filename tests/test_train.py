@@ -1,0 +1,326 @@
+"""The trainer on a tiny model: what must not change the result does not, what must stop it does."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_manifest import make_world
+
+from tlv import ROOT, checkpoint, processor, train
+from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict
+from tlv.data import TooManyBadSamples
+from tlv.launch import environment, launch
+from tlv.runlog import RunLog, read_log
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), 10)
+
+
+@pytest.fixture
+def configure(model_dir, world, tmp_path):
+    """configure(name, **changes) -> a config that writes into tmp_path/name."""
+
+    def make(name="out", **changes):
+        values = dict(
+            model_dir=str(model_dir), data=str(world / "data.json"), videos_dir=str(world),
+            out_dir=str(tmp_path / name), num_steps=6, trainable=("connector", "llm"),
+            lr_connector=1e-3, lr_llm=1e-3, micro_batch_size=2, grad_accum_steps=2, device="cpu",
+            decode_timeout_s=None)  # fmt: skip
+        return TrainConfig(**(values | changes))
+
+    return make
+
+
+def run(config) -> list[dict]:
+    train.train(config)
+    return read_log(Path(config.out_dir) / "log.jsonl")
+
+
+def losses(rows) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def close(rows, relative):
+    return pytest.approx(losses(rows), rel=relative)
+
+
+def contents(config) -> dict[str, str]:
+    """Hashes of the log and of every file of the finished model."""
+    out_dir = Path(config.out_dir)
+    files = [out_dir / "log.jsonl", *sorted((out_dir / "checkpoint").iterdir())]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+class Interrupt(Exception):
+    """Ends a run before step `at`."""
+
+    def __init__(self, at, monkeypatch):
+        original = train.learning_rate
+
+        def stop(step, *args):
+            if step == at:
+                raise self
+            return original(step, *args)
+
+        monkeypatch.setattr(train, "learning_rate", stop)
+
+
+# ---- what must not change the losses --------------------------------------------------------
+
+
+def test_zero_stages_give_the_same_losses(configure):
+    plain = run(configure())
+    assert losses(plain)[-1] < losses(plain)[1]  # it learns
+    for stage in (2, 3):
+        config = configure(zero_config=f"params/deepspeed_zero{stage}.json")
+        rows = run(config)
+        assert losses(rows) == close(plain, 1e-5), stage
+        norms = [row["grad_norm"] for row in rows]
+        assert norms == pytest.approx([row["grad_norm"] for row in plain], rel=1e-4)
+
+
+def test_accumulation_does_not_change_the_losses(configure):
+    first = run(configure(micro_batch_size=4, grad_accum_steps=1))
+    for size in (1, 2):
+        rows = run(configure(micro_batch_size=size, grad_accum_steps=4 // size))
+        assert losses(rows) == close(first, 1e-5), size
+
+
+def test_two_ranks_equal_one_also_when_a_micro_batch_is_empty(configure, tmp_path):
+    # Micro-batches of one sample: a bad one leaves a rank with an empty micro-batch.
+    world = make_world(tmp_path / "world", 8, bad=(2, 5))
+    base = dict(num_steps=20, micro_batch_size=1, data=str(world / "data.json"),
+                videos_dir=str(world), max_bad_share=0.3, max_grad_norm=1.0,
+                val_data=str(world / "data.json"), val_every=20)
+    one = configure("one", grad_accum_steps=4, **base)
+    rows = run(one)
+    for stage in (0, 3):
+        two = configure(f"two{stage}", grad_accum_steps=2,
+                        zero_config=f"params/deepspeed_zero{stage}.json", **base)
+        launch(two, LaunchConfig(num_ranks=2))
+        theirs = read_log(Path(two.out_dir) / "log.jsonl")
+        assert len(losses(theirs)) == 20 and losses(theirs) == close(rows, 1e-5)
+        assert theirs[-1]["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
+        reports = [json.loads((Path(c.out_dir) / "report.json").read_text()) for c in (one, two)]
+        assert reports[0]["bad_samples"] == reports[1]["bad_samples"]
+        assert reports[1]["num_ranks"] == 2
+        weights = [load_file(Path(c.out_dir) / "checkpoint" / "model.safetensors")
+                   for c in (one, two)]
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_cached_features_give_the_same_losses(configure, world, monkeypatch):
+    common = dict(val_data=str(world / "data.json"), val_every=3, num_steps=8)
+    plain = run(configure(**common))
+    calls = []
+    decode = processor.sample_frames
+    monkeypatch.setattr(processor, "sample_frames",
+                        lambda path, **kw: calls.append(path) or decode(path, **kw))
+    cached = run(configure(cache_features=True, **common))
+    assert losses(cached) == close(plain, 1e-5)
+    measured = [[r["val_loss"] for r in rows if "val_loss" in r] for rows in (plain, cached)]
+    assert len(measured[0]) == 4 and measured[1] == pytest.approx(measured[0], rel=1e-5)
+    assert len(calls) == len(set(calls)) == 10  # over 3 epochs and 4 validations
+
+
+def test_equal_runs_write_equal_bytes_whatever_the_folder(configure):
+    first, second = configure("a/out"), configure("b/other")
+    run(first)
+    run(second)
+    assert contents(first) == contents(second)
+    assert "model.safetensors" in contents(first)
+
+
+# ---- resuming -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage,precision", [(0, "fp32"), (3, "bf16")])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    configure, world, monkeypatch, capsys, stage, precision
+):
+    common = dict(save_every=2, num_steps=7, val_data=str(world / "data.json"), val_every=3,
+                  precision=precision, zero_config=f"params/deepspeed_zero{stage}.json")
+    whole, broken = configure("whole", **common), configure("broken", **common)
+    run(whole)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        Interrupt(5, patch)
+        run(broken)
+    shutil.rmtree(broken.out_dir)  # as the pipeline does before it runs a stage again
+    capsys.readouterr()
+    run(broken)
+    assert "resuming at step 4" in capsys.readouterr().err
+    assert contents(broken) == contents(whole)
+    root = checkpoint.resume_root(broken.out_dir)
+    assert not list(root.glob("*/step-*"))  # nothing left behind
+
+
+def test_other_settings_start_clean_and_say_so(configure, monkeypatch, capsys):
+    config = configure(save_every=2, num_steps=6)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        Interrupt(3, patch)
+        run(config)
+    other = dataclasses.replace(config, lr_llm=2e-3)
+    capsys.readouterr()
+    rows = run(other)
+    assert "starting clean: the settings, inputs or code differ" in capsys.readouterr().err
+    assert [row["step"] for row in rows] == list(range(1, 7))
+
+
+def test_a_killed_run_leaves_checkpoints_that_load_and_goes_on(configure, tmp_path):
+    """A few random points, also inside saving; `tests/kill_runs.py` takes any number."""
+    whole = configure("whole", save_every=1, num_steps=4)
+    run(whole)
+    killed = dataclasses.replace(whole, out_dir=str(tmp_path / "killed"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(as_dict(killed)))
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_runs.py"), str(path), "4",
+                           "1"], capture_output=True, text=True, cwd=ROOT,
+                          env=environment(killed, LaunchConfig(num_ranks=1), dict(os.environ)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rounds = json.loads(done.stdout.splitlines()[-1])
+    assert sum(r["killed"] for r in rounds) >= 2 and not rounds[-1]["killed"]
+    assert max(r["loads"] for r in rounds) >= 1
+    assert contents(killed) == contents(whole)
+
+
+# ---- what is trained ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable,prefixes", [
+    (("connector",), {"connector"}), (("connector", "llm"), {"connector", "language_model"}),
+    (("vision",), {"vision_encoder"})])
+def test_only_the_trainable_parts_change(configure, model_dir, trainable, prefixes):
+    rates = {f"lr_{part}": 1e-3 if part in trainable else None
+             for part in ("connector", "llm", "vision")}
+    config = configure(trainable=trainable, num_steps=2, **rates)
+    rows = run(config)
+    assert {key for key in rows[0] if key.startswith("lr_")} == {f"lr_{p}" for p in trainable}
+    before = load_file(model_dir / "model.safetensors")
+    after = load_file(Path(config.out_dir) / "checkpoint" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == prefixes
+    report = json.loads((Path(config.out_dir) / "report.json").read_text())
+    assert {part for part, n in report["trained_parameters"].items() if n} == set(trainable)
+
+
+def test_the_finished_model_loads_and_answers(configure):
+    from tlv.model import load_model
+
+    config = configure(num_steps=2)
+    run(config)
+    model, tools = load_model(Path(config.out_dir) / "checkpoint")
+    assert tools.tokenizer.pad_token_id is not None and model.dtype == torch.float32
+
+
+def test_separate_turns_are_more_rows_and_the_same_answers(configure):
+    packed, separate = run(configure(num_steps=3)), run(configure(num_steps=3, turns="separate"))
+    assert [r["num_tokens"] for r in packed] == [r["num_tokens"] for r in separate]
+    assert losses(packed)[0] != pytest.approx(losses(separate)[0], rel=1e-6)
+
+
+def test_the_paper_recipe_runs_bf16_zero3_checkpointing(configure):
+    config = configure(precision="bf16", zero_config="params/deepspeed_zero3.json", num_steps=3,
+                       gradient_checkpointing=True, warmup_ratio=0.03)
+    rows, plain = run(config), run(configure("plain", num_steps=3))
+    assert losses(rows) == close(plain, 0.02)
+    state = load_file(Path(config.out_dir) / "checkpoint" / "model.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}
+
+
+def test_16_bit_without_zero_follows_16_bit_with_it(configure):
+    first = run(configure(precision="bf16"))
+    assert losses(run(configure(precision="bf16", zero_config="params/deepspeed_zero2.json"))
+                  ) == close(first, 2e-3)
+
+
+# ---- what must stop it ----------------------------------------------------------------------
+
+
+def test_bad_samples_are_counted_and_listed_and_too_many_stop(configure, tmp_path):
+    world = make_world(tmp_path / "world", 8, bad=(3,))
+    config = configure(data=str(world / "data.json"), videos_dir=str(world), max_bad_share=0.2)
+    run(config)
+    report = json.loads((Path(config.out_dir) / "report.json").read_text())
+    assert report["num_bad"] == 1 and report["bad_samples"][0]["id"] == "s3"
+    assert report["bad_samples"][0]["reason"].startswith("3.mp4: not a readable video")
+    with pytest.raises(TooManyBadSamples, match=r"1 bad train samples among 8.*0\.1"):
+        run(dataclasses.replace(config, max_bad_share=0.1))
+
+
+def test_a_step_without_any_good_sample_is_not_taken(configure, tmp_path):
+    world = make_world(tmp_path / "world", 2, bad=(0, 1))
+    config = configure(data=str(world / "data.json"), videos_dir=str(world), max_bad_share=1.0,
+                       num_steps=2)
+    assert [(r["loss"], r["num_tokens"]) for r in run(config)] == [(None, 0), (None, 0)]
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(configure):
+    with pytest.raises(train.TrainingError, match=r"step \d: the loss is nan.*learning rate"):
+        run(configure(lr_connector=1e30, lr_llm=1e30, warmup_ratio=0.0))
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"data": "/nowhere.json"}, "data: /nowhere.json does not exist"),
+    ({"model_dir": "/nowhere"}, "model_dir: /nowhere/config.json does not exist"),
+    ({"videos_dir": "/nowhere"}, "videos_dir: /nowhere is no folder")])
+def test_missing_inputs_are_named_before_anything_starts(configure, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        launch(configure(**changes))
+
+
+def test_a_second_run_of_a_live_stage_is_refused(configure):
+    config = configure(num_steps=1)
+    with train.lock_run(checkpoint.resume_root(config.out_dir)):
+        with pytest.raises(train.TrainingError, match="another run of this stage is alive"):
+            run(config)
+    run(config)
+
+
+# ---- the launcher ---------------------------------------------------------------------------
+
+
+def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch):
+    config = configure(num_steps=2, val_every=None)
+    monkeypatch.delenv("TQDM_DISABLE")
+    path = launch(config)
+    shown = capsys.readouterr().err
+    assert path == Path(config.out_dir) / "checkpoint" and (path / "config.json").is_file()
+    assert "starting clean" in shown and "samples/s" in shown and "8/8" in shown
+    in_process = configure("here", num_steps=2)
+    run(in_process)
+    assert contents(in_process) == contents(config)
+    launch(config)
+    assert "a finished run with equal settings" in capsys.readouterr().err
+
+
+def test_tensorboard_is_an_extra(tmp_path):
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(RuntimeError, match="pip install tensorboard"):
+            RunLog(tmp_path, True, tensorboard=True)
+    else:
+        log = RunLog(tmp_path, True, tensorboard=True)
+        log.add({"step": 1, "loss": 2.0})
+        log.close()
+        assert list((tmp_path / "tensorboard").iterdir())
