@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -23,8 +24,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tlv import questions, world
-from tlv.chat import render as render_chat
+from tlv import chat, questions, world
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>", "<video>")
@@ -39,7 +39,7 @@ def train_backbones(
     vision_steps: int,
     llm_steps: int,
     num_texts: int,
-    template: str = "qwen2_chat",
+    template: str = "plain",
     width: int = 128,
     num_layers: int = 4,
     batch_size: int = 64,
@@ -51,7 +51,7 @@ def train_backbones(
     Returns the two loss curves. `num_texts` documents train the tokenizer.
     """
     rng = np.random.default_rng([seed, 0])
-    texts = [write_document(rng, template) for _ in range(num_texts)]
+    texts = [chat.render(write_conversation(rng), template) for _ in range(num_texts)]
     tokenizer = train_tokenizer(texts + write_frames(rng, num_texts)[1])
     shape = dict(width=width, num_layers=num_layers, seed=seed, device=device, log=log)
     vision = train_vision(
@@ -96,13 +96,18 @@ def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     )
 
 
-def write_document(rng: np.random.Generator, template: str) -> str:
-    """One text of the language model's corpus: a scene in words, then questions about it."""
+def write_conversation(rng: np.random.Generator, num_frames: int = 8) -> list[tuple[str, str]]:
+    """A text of the language model's corpus: a scene in words, then all questions about it.
+
+    Half of the scenes are told frame by frame, half in a caption: to answer, the model must look
+    up what the text says, and for direction and order compare what it says at different times.
+    """
     scene = world.sample_scene(rng)
-    told = questions.frame_log(scene) if rng.random() < 0.75 else questions.caption(scene)
+    told = questions.caption(scene)
+    log = questions.frame_log(scene, num_frames)
     asked = questions.ask(scene, rng)
     turns = []
-    for index in rng.permutation(len(asked))[:4]:
+    for index in rng.permutation(len(asked)):
         question = asked[index]
         if rng.random() < 0.4:
             text, answer, _ = questions.as_choice(question, rng)
@@ -110,9 +115,10 @@ def write_document(rng: np.random.Generator, template: str) -> str:
             text, answer = question.text, question.answer
         turns.append((text, answer))
     if rng.random() < 0.5:
+        told = log
         turns.insert(0, ("Describe the video.", questions.caption(scene)))
     turns[0] = (f"{told}\n{turns[0][0]}", turns[0][1])
-    return render_chat(turns, template)
+    return turns
 
 
 def write_frames(rng: np.random.Generator, count: int, family: int = 8):
@@ -182,7 +188,7 @@ def train_vision(
     )
     model = SiglipModel(config).to(device)
     model.logit_scale.data.fill_(math.log(10.0))
-    model.logit_bias.data.fill_(-10.0)
+    model.logit_bias.data.fill_(-math.log(batch_size))
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
         frames, captions = write_frames(rng, batch_size)
@@ -236,18 +242,40 @@ def train_llm(
     model = Qwen2ForCausalLM(config).to(device)
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
-        texts = [write_document(rng, template) for _ in range(batch_size)]
-        batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
-        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        loss = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
-        ).loss
+        texts = [write_conversation(rng) for _ in range(batch_size)]
+        rows = [chat.encode(turns, template, tokenizer) for turns in texts]
+        ids, labels = (
+            pad_sequence(
+                [torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=fill
+            ).to(device)  # (B, L)
+            for key, fill in (("input_ids", tokenizer.pad_token_id), ("labels", chat.IGNORE_INDEX))
+        )
+        # Right padding needs no mask: no label looks at it.
+        loss = model(input_ids=ids, labels=labels).loss
         losses.append(_update(model, optimizer, loss))
         if step % 100 == 0 or step == num_steps - 1:
-            log(f"llm step {step}: loss {losses[-1]:.3f} on {batch.input_ids.shape[1]} tokens")
+            log(f"llm step {step}: loss {losses[-1]:.3f} ")
     model.save_pretrained(Path(out_dir))
     tokenizer.save_pretrained(Path(out_dir))
     return losses
+
+
+@torch.no_grad()
+def measure_reading(model, tokenizer, template: str, *, seed: int, num_scenes: int) -> dict:
+    """Share of questions that the language model answers right from a text, per question type."""
+    rng = np.random.default_rng([seed, 3])
+    right = {}
+    for _ in range(num_scenes):
+        scene = world.sample_scene(rng)
+        told = questions.frame_log(scene, 8)
+        for question in questions.ask(scene, rng):
+            turns = [(f"{told}\n{question.text}", question.answer)]
+            row = {k: torch.tensor([v]) for k, v in chat.encode(turns, template, tokenizer).items()}
+            guess = model(input_ids=row["input_ids"].to(model.device)).logits[0, :-1].argmax(-1)
+            label = row["labels"][0, 1:].to(model.device)
+            hit = ((guess == label) | (label == chat.IGNORE_INDEX)).all()
+            right.setdefault(question.type, []).append(float(hit))
+    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
 def _tokenize(tokenizer, captions):
@@ -257,13 +285,21 @@ def _tokenize(tokenizer, captions):
 
 
 def _steps(model, num_steps, lr):
-    """AdamW with a short warm-up and a cosine, one step at a time."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    """AdamW with a short warm-up and a cosine, one step at a time.
+
+    The temperature and bias of the sigmoid loss are two scalars that must travel far: they learn
+    thirty times as fast as the weights.
+    """
+    scalars = [p for p in model.parameters() if p.numel() == 1]
+    weights = [p for p in model.parameters() if p.numel() > 1]
+    groups = [{"params": weights, "speed": 1}, {"params": scalars, "speed": 30}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, num_steps // 20)
     model.train()
     for step in range(num_steps):
         share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
-        optimizer.param_groups[0]["lr"] = lr * share
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share * group["speed"]
         yield step, optimizer
 
 
@@ -273,3 +309,19 @@ def _update(model, optimizer, loss) -> float:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return loss.item()
+
+
+@torch.no_grad()
+def measure_retrieval(model, tokenizer, *, seed: int, num_images: int) -> dict:
+    """Share of captions whose image scores highest among fresh ones: `top1`, and `top5`."""
+    frames, captions = write_frames(np.random.default_rng([seed, 4]), num_images)
+    ids = _tokenize(tokenizer, captions).to(model.device)
+    out = model(input_ids=ids, pixel_values=to_pixels(frames).to(model.device))
+    names = np.array(captions)
+    same = torch.from_numpy(names[:, None] == names[None, :]).to(model.device)
+    ranked = (out.text_embeds @ out.image_embeds.T).argsort(1, descending=True)  # (B, B)
+    hits = same.gather(1, ranked)  # (B, B)
+    return {
+        "top1": float(hits[:, 0].float().mean()),
+        "top5": float(hits[:, :5].any(1).float().mean()),
+    }

@@ -44,6 +44,8 @@ def _vicuna(stop: str) -> Template:
 
 
 TEMPLATES = {
+    # For the toy world's small LLM: few tokens, and an answer is spelled as it stands in a text.
+    "plain": Template("", "{q}\nAnswer:", " {a}<|endoftext|>", "<|endoftext|>", after="\n"),
     "pretrain": Template("", None, "{a}\n", "\n"),
     "qwen2_base": _vicuna("<|endoftext|>"),
     "phi": _vicuna("<|endoftext|>"),

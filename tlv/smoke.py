@@ -19,7 +19,7 @@ FRAMES = dict(num_frames=8, num_queries=32, num_groups=8)
 
 
 def world(folder) -> Path:
-    """The toy world of notebook 00."""
+    """The toy world of notebook 00, `world/` below its folder."""
     return _find_or_make(
         folder, "world.json", "a small toy world with hardly trained backbones", _world
     )
@@ -65,7 +65,7 @@ def _manifest(folder: Path):
     from tlv.files import write_json
     from tlv.toy_data import read_card
 
-    card = read_card(world(SCRATCH / "00_toy_world"))
+    card = read_card(world(SCRATCH / "00_toy_world/world"))
     defects = json.loads(card["truth"].read_text())["defects"]
     for name in ("captions", "qa"):
         raw = json.loads(card[f"raw_{name}"].read_text())
@@ -76,7 +76,7 @@ def _model(folder: Path):
     from tlv.model import build_model
     from tlv.toy_data import read_card
 
-    card = read_card(world(SCRATCH / "00_toy_world"))
+    card = read_card(world(SCRATCH / "00_toy_world/world"))
     built, processor = build_model(card["vision_dir"], card["llm_dir"], seed=0, **FRAMES)
     built.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
