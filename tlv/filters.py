@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +78,11 @@ def of_clip(facts: dict[str, ClipFacts], judge: Callable) -> Callable[[dict], Ve
     return judge_sample
 
 
+def unless_in(found: dict, key: str = "id") -> Callable[[dict], Verdict]:
+    """Keep a sample whose `key` ("id" or "video") is not in `found`, which holds the reasons."""
+    return lambda sample: (False, str(found[sample[key]])) if sample[key] in found else KEPT
+
+
 def has_duration(facts: ClipFacts, min_seconds: float, max_seconds: float) -> Verdict:
     """Keep a clip that is neither too short to show a course of events nor too long to sample."""
     if min_seconds <= facts.duration <= max_seconds:
@@ -111,8 +117,18 @@ def clip_distance(a: ClipFacts, b: ClipFacts) -> float:
     return float(np.abs(a.signature.astype(np.int16) - b.signature).max())
 
 
-def find_copies(clips: dict, references: dict, max_distance: float) -> dict[str, tuple[str, str]]:
-    """Clips that repeat a reference: {name: (reference, "exact" or "encoded again")}.
+class Copy(NamedTuple):
+    """Which clip is repeated, and `how`: "exact" or "encoded again"."""
+
+    of: str
+    how: str
+
+    def __str__(self):
+        return f"{self.how}: a copy of {self.of}"
+
+
+def find_copies(clips: dict, references: dict, max_distance: float) -> dict[str, Copy]:
+    """Clips that repeat a reference: {name: Copy}.
 
     Both arguments are {name: ClipFacts}. Where they are the same dict, a clip is compared with
     those before it in name order that are no copies themselves, so that the first one stays.
@@ -133,13 +149,13 @@ def find_copies(clips: dict, references: dict, max_distance: float) -> dict[str,
     for name in sorted(clips):
         facts = clips[name]
         if facts.digest in exact:
-            found[name] = (exact[facts.digest], "exact")
+            found[name] = Copy(exact[facts.digest], "exact")
             continue
         tenth = round(facts.duration * 10)
         near = [other for t in (tenth - 1, tenth, tenth + 1) for other in by_duration[t]]
         twin = next((o for o in near if clip_distance(facts, references[o]) <= max_distance), None)
         if twin:
-            found[name] = (twin, "encoded again")
+            found[name] = Copy(twin, "encoded again")
         elif is_same:
             add(name)
     return found
