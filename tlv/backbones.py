@@ -7,6 +7,7 @@ held-out pairs. Afterwards they are loaded exactly like `google/siglip-so400m-pa
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,23 +123,48 @@ def write_conversation(rng: np.random.Generator, num_frames: int = 8) -> list[tu
 
 
 def write_frames(rng: np.random.Generator, count: int, family: int = 8):
-    """Pairs for the image encoder. Returns frames (count, H, W, 3) uint8 and their captions.
+    """Pairs for the image encoder. Returns frames (count, H, W, 3) uint8, a caption for each, and
+    which captions are true of which frames, (count, count) bool: row = caption, column = frame.
 
     They come in families of the same colours: what tells a family's captions apart is shape, size
     and place. Drawn freely, colours alone would find nearly every caption, and nothing else
     would be learnt.
     """
-    frames, captions = [], []
-    while len(captions) < count:
+    frames, told, shown = [], [], []
+    while len(frames) < count:
         num_things = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
         colours = rng.permutation(list(world.COLOURS))[:num_things]
         pairs = [pair for pair in world.SEEN_PAIRS if pair[0] in colours]
-        for _ in range(family):
+        for _ in range(min(family, count - len(frames))):
             scene = world.sample_scene(rng, pairs=pairs, num_things=num_things)
             frame = int(rng.integers(scene.num_frames))
-            frames.append(world.render(scene, [frame]))
-            captions.append(questions.frame_caption(scene, frame))
-    return np.concatenate(frames)[:count], captions[:count]
+            frames.append(world.render(scene, [frame])[0])
+            shown.append(questions.frame_facts(scene, frame))
+            told.append(_choose_facts(shown[-1], rng))
+    truth = np.array([[_is_true(said, facts) for facts in shown] for said in told])
+    return np.stack(frames), [questions.frame_caption(said) for said in told], truth
+
+
+def _choose_facts(facts, rng):
+    """All of a frame's facts, or one of them, whole or in part: easy captions beside hard ones."""
+    if not facts or rng.random() < 0.3:
+        return facts
+    fact = facts[rng.integers(len(facts))]
+    size, colour, place = rng.random(3) < (0.6, 0.8, 0.7)
+    return [
+        replace(
+            fact,
+            size=fact.size if size else None,
+            colour=fact.colour if colour else None,
+            place=fact.place if place else None,
+        )
+    ]
+
+
+def _is_true(said, facts) -> bool:
+    if not said:
+        return not facts
+    return all(any(one.holds_for(fact) for fact in facts) for one in said)
 
 
 def to_pixels(frames: np.ndarray, size: int = IMAGE_SIZE) -> torch.Tensor:
@@ -191,19 +217,18 @@ def train_vision(
     model.logit_bias.data.fill_(-math.log(batch_size))
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
-        frames, captions = write_frames(rng, batch_size)
+        frames, captions, truth = write_frames(rng, batch_size)
         ids = _tokenize(tokenizer, captions).to(device)  # (B, L)
         out = model(input_ids=ids, pixel_values=to_pixels(frames).to(device))
-        names = np.array(captions)
-        same = torch.from_numpy(names[:, None] == names[None, :]).to(device)
+        same = torch.from_numpy(truth).to(device)  # (B, B)
         loss = siglip_loss(
             out.image_embeds, out.text_embeds, model.logit_scale, model.logit_bias, same
         )
         losses.append(_update(model, optimizer, loss))
         if step % 100 == 0 or step == num_steps - 1:
-            top1 = (out.image_embeds @ out.text_embeds.T).argmax(1)
+            top1 = (out.text_embeds @ out.image_embeds.T).argmax(1)
             hit = same[torch.arange(batch_size), top1].float().mean()
-            log(f"vision step {step}: loss {losses[-1]:.3f}, right caption first: {hit:.2f}")
+            log(f"vision step {step}: loss {losses[-1]:.3f}, a right image first: {hit:.2f}")
     processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     for part in (model, processor, tokenizer):
         part.save_pretrained(Path(out_dir))
@@ -314,11 +339,10 @@ def _update(model, optimizer, loss) -> float:
 @torch.no_grad()
 def measure_retrieval(model, tokenizer, *, seed: int, num_images: int) -> dict:
     """Share of captions whose image scores highest among fresh ones: `top1`, and `top5`."""
-    frames, captions = write_frames(np.random.default_rng([seed, 4]), num_images)
+    frames, captions, truth = write_frames(np.random.default_rng([seed, 4]), num_images)
     ids = _tokenize(tokenizer, captions).to(model.device)
     out = model(input_ids=ids, pixel_values=to_pixels(frames).to(model.device))
-    names = np.array(captions)
-    same = torch.from_numpy(names[:, None] == names[None, :]).to(model.device)
+    same = torch.from_numpy(truth).to(model.device)  # (B, B)
     ranked = (out.text_embeds @ out.image_embeds.T).argsort(1, descending=True)  # (B, B)
     hits = same.gather(1, ranked)  # (B, B)
     return {

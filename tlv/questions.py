@@ -50,13 +50,36 @@ def caption(scene: Scene) -> str:
     return ". ".join(s[:1].upper() + s[1:] for s in text.split(". "))
 
 
-def frame_caption(scene: Scene, frame: int) -> str:
-    """What one frame shows and where: the text of the image encoder's training pairs."""
+@dataclass(frozen=True)
+class Fact:
+    """What is said of one thing in one frame; None: this is not said."""
+
+    size: str | None
+    colour: str | None
+    shape: str
+    place: str | None
+
+    def holds_for(self, other: "Fact") -> bool:
+        """Whether a thing that `other` tells all about fits what is said here."""
+        said = ("size", "colour", "shape", "place")
+        return all(getattr(self, key) in (None, getattr(other, key)) for key in said)
+
+
+def frame_facts(scene: Scene, frame: int) -> list[Fact]:
+    """All that there is to say about one frame."""
+    return [
+        Fact(thing.size, scene.colour_at(i, frame), thing.shape, _place(thing, frame))
+        for i, thing in enumerate(scene.things)
+        if scene.is_visible(i, frame)
+    ]
+
+
+def frame_caption(facts: list[Fact]) -> str:
+    """Facts in words: "a small red circle at the top left and a ring"."""
     parts = []
-    for i, thing in enumerate(scene.things):
-        if scene.is_visible(i, frame):
-            colour = scene.colour_at(i, frame)
-            parts.append(f"a {thing.size} {colour} {thing.shape} at the {_place(thing, frame)}")
+    for fact in facts:
+        look = " ".join(word for word in ("a", fact.size, fact.colour, fact.shape) if word)
+        parts.append(f"{look} at the {fact.place}" if fact.place else look)
     return _join(parts) or "nothing"
 
 
@@ -65,11 +88,7 @@ def frame_log(scene: Scene, num_frames: int = 16) -> str:
     frames = np.linspace(0, scene.num_frames - 1, num_frames, dtype=int)
     told = []
     for frame in frames:
-        seen = [
-            f"{thing.size} {scene.colour_at(i, frame)} {thing.shape} {_place(thing, frame)}"
-            for i, thing in enumerate(scene.things)
-            if scene.is_visible(i, frame)
-        ]
+        seen = [f"{f.size} {f.colour} {f.shape} {f.place}" for f in frame_facts(scene, frame)]
         told.append(", ".join(seen) or "nothing")
     return "; ".join(told) + "."
 

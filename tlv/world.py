@@ -26,13 +26,13 @@ COLOURS = {
     "purple": (170, 60, 200),
     "white": (240, 240, 240),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 6.0, "large": 10.0}  # radius in pixels
+SHAPES = ("circle", "ring", "bar", "cross")  # told apart by few pixels
+SIZES = {"small": 7.0, "large": 11.0}  # radius in pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 EVENTS = ("appears", "leaves", "changes colour")
 
 # Shape-colour pairs that no training clip and no backbone ever sees: the test of composition.
-HELD_OUT_PAIRS = (("red", "triangle"), ("green", "cross"), ("blue", "circle"), ("yellow", "square"))
+HELD_OUT_PAIRS = (("red", "ring"), ("green", "cross"), ("blue", "circle"), ("yellow", "bar"))
 SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
 
@@ -201,11 +201,10 @@ def draw_shape(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.
     """Coverage in 0..1 of pixels at offsets dx, dy from the centre; edges are smooth."""
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
-    elif shape == "square":
-        distance = np.maximum(abs(dx), abs(dy)) - 0.85 * radius
-    elif shape == "triangle":  # pointing up
-        distance = np.maximum(0.87 * abs(dx) - 0.5 * dy - 0.5 * radius, dy - 0.75 * radius)
-        distance = np.maximum(0.87 * abs(dx) + 0.5 * (dy - radius * 0.75) - 0.15 * radius, distance)
+    elif shape == "ring":
+        distance = abs(np.hypot(dx, dy) - 0.75 * radius) - 0.25 * radius
+    elif shape == "bar":  # lying
+        distance = np.maximum(abs(dx) - radius, abs(dy) - 0.4 * radius)
     elif shape == "cross":
         arm = 0.36 * radius
         distance = np.minimum(
