@@ -86,4 +86,5 @@ def _serve(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes the pipe
     _serve(Connection(int(sys.argv[1])))
