@@ -50,47 +50,20 @@ def caption(scene: Scene) -> str:
     return ". ".join(s[:1].upper() + s[1:] for s in text.split(". "))
 
 
-@dataclass(frozen=True)
-class Fact:
-    """What is said of one thing in one frame; None: this is not said."""
-
-    size: str | None
-    colour: str | None
-    shape: str
-    place: str | None
-
-    def holds_for(self, other: "Fact") -> bool:
-        """Whether a thing that `other` tells all about fits what is said here."""
-        said = ("size", "colour", "shape", "place")
-        return all(getattr(self, key) in (None, getattr(other, key)) for key in said)
-
-
-def frame_facts(scene: Scene, frame: int) -> list[Fact]:
-    """All that there is to say about one frame."""
-    return [
-        Fact(thing.size, scene.colour_at(i, frame), thing.shape, _place(thing, frame))
+def frame_caption(scene: Scene, frame: int) -> str:
+    """What one frame shows and where: the text of the image encoder's training pairs."""
+    seen = [
+        f"{thing.size} {scene.colour_at(i, frame)} {thing.shape} {_place(thing, frame)}"
         for i, thing in enumerate(scene.things)
         if scene.is_visible(i, frame)
     ]
-
-
-def frame_caption(facts: list[Fact]) -> str:
-    """Facts in words: "a small red circle at the top left and a ring"."""
-    parts = []
-    for fact in facts:
-        look = " ".join(word for word in ("a", fact.size, fact.colour, fact.shape) if word)
-        parts.append(f"{look} at the {fact.place}" if fact.place else look)
-    return _join(parts) or "nothing"
+    return ", ".join(seen) or "nothing"
 
 
 def frame_log(scene: Scene, num_frames: int = 16) -> str:
     """A scene told frame by frame: how a text-only LLM learns to read a course of events."""
     frames = np.linspace(0, scene.num_frames - 1, num_frames, dtype=int)
-    told = []
-    for frame in frames:
-        seen = [f"{f.size} {f.colour} {f.shape} {f.place}" for f in frame_facts(scene, frame)]
-        told.append(", ".join(seen) or "nothing")
-    return "; ".join(told) + "."
+    return "; ".join(frame_caption(scene, int(frame)) for frame in frames) + "."
 
 
 def ask(scene: Scene, rng: np.random.Generator, pairs=SEEN_PAIRS) -> list[Question]:

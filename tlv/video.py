@@ -298,7 +298,10 @@ def write_video(path, frames, fps, crf=18) -> None:
             stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.thread_count = 1
-            stream.options = {"crf": str(crf), "preset": "veryfast"}
+            # x264's lookahead reads memory that it never wrote: with it, one clip in six differs
+            # from run to run (x86-64, one thread). Without it the bytes are the same.
+            quiet = "threads=1:lookahead-threads=1:sync-lookahead=0:rc-lookahead=0:mbtree=0"
+            stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": quiet}
             for frame in frames:
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             out.mux(stream.encode())

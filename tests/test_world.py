@@ -1,0 +1,211 @@
+"""The toy world: the same bytes every time, truthful questions, nothing given away by one frame."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tlv import defects, questions, world
+from tlv.chat import ConversationError, parse_conversation
+from tlv.toy_data import make_world, read_card
+from tlv.video import VideoError, read_frames
+
+SIZES = dict(seed=5, num_train=40, num_val=3, num_test=12, defect_share=0.05)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = np.random.default_rng(0)
+    return [world.sample_scene(rng) for _ in range(400)]
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, **SIZES)
+    return read_card(folder)
+
+
+def truth_of(card):
+    return json.loads(card["truth"].read_text())["defects"]
+
+
+# ---- scenes and frames ----------------------------------------------------------------------
+
+
+def test_a_thing_that_moves_right_is_drawn_further_right():
+    thing = world.Thing("red", "circle", "small", 10.0, 32.0, "right", 2.0)
+    frames = world.render(world.Scene(11, (thing,)))
+    columns = (frames[..., 0] > 150).any(1)  # (T, W)
+    centres = [np.flatnonzero(row).mean() for row in columns]
+    assert centres[10] - centres[0] == pytest.approx(20, abs=0.6)
+
+
+def test_what_leaves_at_an_edge_comes_back_at_the_other():
+    at_edge = world.Thing("white", "ring", "large", 0.0, 32.0)
+    centred = world.Thing("white", "ring", "large", 32.0, 32.0)
+    a, b = (world.render(world.Scene(1, (t,)))[0] for t in (at_edge, centred))
+    assert np.array_equal(np.roll(a, 32, axis=1), b)
+
+
+def test_things_appear_leave_and_change_colour_at_their_frame():
+    things = (
+        world.Thing("red", "circle", "small", 20, 20),
+        world.Thing("blue", "bar", "large", 40, 50),
+    )
+    events = (world.Event("appears", 0, 4), world.Event("changes colour", 1, 6, "green"))
+    scene = world.Scene(10, things, events)
+    frames = world.render(scene)
+    assert tuple(frames[3, 20, 20]) == scene.background
+    assert tuple(frames[4, 20, 20]) == world.COLOURS["red"]
+    assert tuple(frames[5, 50, 40]) == world.COLOURS["blue"]
+    assert tuple(frames[6, 50, 40]) == world.COLOURS["green"]
+
+
+def test_things_never_touch_and_something_always_happens(scenes):
+    for scene in scenes:
+        assert not scene.is_still
+        frames = np.arange(scene.num_frames)
+        for i, a in enumerate(scene.things):
+            for b in scene.things[i + 1 :]:
+                reach = world.SIZES[a.size] + world.SIZES[b.size]
+                assert world.torus_distance(a, b, frames).min() > reach
+
+
+def test_number_of_things_and_place_are_not_skewed_by_redrawing(scenes):
+    counts = Counter(len(scene.things) for scene in scenes)
+    assert min(counts.values()) > 0.25 * len(scenes)
+    by_direction = {}
+    for thing in (t for s in scenes for t in s.things if t.direction):
+        by_direction.setdefault(thing.direction, []).append(thing.x / world.SIZE)
+    for places in by_direction.values():
+        assert np.mean(places) == pytest.approx(0.5, abs=0.1)
+
+
+def test_training_scenes_show_no_held_out_pair(scenes):
+    assert not any(scene.pairs() & set(world.HELD_OUT_PAIRS) for scene in scenes)
+
+
+def test_an_unknown_shape_is_refused_by_name():
+    with pytest.raises(ValueError, match="'star' is not one of circle, ring, bar, cross"):
+        world.draw_shape("star", np.zeros(1), np.zeros(1), 5)
+
+
+# ---- questions ------------------------------------------------------------------------------
+
+
+def test_answers_follow_from_the_scene():
+    things = (
+        world.Thing("red", "circle", "small", 10, 10, "left", 0.5),
+        world.Thing("blue", "bar", "large", 40, 40),
+    )
+    events = (world.Event("leaves", 1, 8), world.Event("changes colour", 0, 12, "white"))
+    scene = world.Scene(20, things, events)
+    answers = {q.type: q.answer for q in questions.ask(scene, np.random.default_rng(0))}
+    assert answers["order"] == "the blue bar leaves"
+    assert answers["direction"] == "left"
+    assert answers["count"] == "two"
+    assert answers["colour"] == "blue"  # the circle changes its colour, so it is not asked for
+    assert questions.caption(scene) == (
+        "A small red circle moves left and a large blue bar stays still. "
+        "First the blue bar leaves, then the red circle turns white."
+    )
+
+
+def test_existence_is_balanced_and_true(scenes):
+    rng, answers = np.random.default_rng(1), Counter()
+    for scene in scenes:
+        question = questions.ask(scene, rng)[-1]
+        colour, shape = question.text.removeprefix("Is there a ").rstrip("?").split()
+        assert (question.answer == "yes") == ((colour, shape) in scene.pairs())
+        answers[question.answer] += 1
+    assert 0.42 < answers["yes"] / answers.total() < 0.58
+
+
+def test_the_letter_of_a_choice_points_at_the_answer(scenes):
+    rng, letters = np.random.default_rng(2), Counter()
+    for scene in scenes:
+        for question in questions.ask(scene, rng):
+            text, letter, options = questions.as_choice(question, rng)
+            assert f"\n{letter}. {question.answer}\n" in text
+            assert len(set(options)) == len(options) <= 4
+            if question.type == "direction":
+                letters[letter] += 1
+    assert max(letters.values()) / letters.total() < 0.4
+
+
+# ---- the folder on disk ---------------------------------------------------------------------
+
+
+def test_the_world_is_the_same_bytes_on_every_run(card, tmp_path):
+    again = read_card(make_world(tmp_path / "again", **SIZES).parent)
+    for key in ("raw_captions", "raw_qa", "val_qa", "test_questions", "truth"):
+        assert card[key].read_bytes() == again[key].read_bytes()
+    names = sorted(p.name for p in card["videos_dir"].iterdir())
+    assert names == sorted(p.name for p in again["videos_dir"].iterdir())
+    for name in names:
+        assert (card["videos_dir"] / name).read_bytes() == (again["videos_dir"] / name).read_bytes()
+
+
+def test_every_kind_of_defect_is_planted_in_its_share(card):
+    kinds = Counter(entry["kind"] for entry in truth_of(card).values())
+    per_clip = round(SIZES["defect_share"] * SIZES["num_train"])
+    for kind in defects.CLIP_DEFECTS:
+        assert kinds[kind] == 2 * per_clip  # a caption and a conversation of the same clip
+    for kind in defects.TEXT_DEFECTS:
+        assert kinds[kind] == per_clip
+
+
+def test_defects_are_what_they_say(card):
+    truth, videos = truth_of(card), card["videos_dir"]
+    samples = {
+        s["id"]: s for key in ("raw_captions", "raw_qa") for s in json.loads(card[key].read_text())
+    }
+    for sample_id, entry in truth.items():
+        sample, kind = samples[sample_id], entry["kind"]
+        path = videos / sample["video"]
+        if kind in ("unreadable", "truncated", "empty"):
+            with pytest.raises(VideoError):
+                read_frames(path)
+        elif kind == "static":
+            assert (
+                np.ptp(read_frames(path).astype(int), axis=0).max() < 40
+            )  # only the codec's noise
+        elif kind == "duplicate":
+            twin = samples[entry["twin"]]["video"]
+            assert twin != sample["video"] and path.read_bytes() == (videos / twin).read_bytes()
+        elif kind == "near_duplicate":
+            twin = videos / samples[entry["twin"]]["video"]
+            assert path.read_bytes() != twin.read_bytes()
+            gap = np.abs(read_frames(path).astype(int) - read_frames(twin)).mean()
+            assert gap < 5
+        elif kind == "malformed_conversation":
+            with pytest.raises(ConversationError):
+                parse_conversation(sample)
+
+
+def test_every_clean_sample_reads_and_parses(card):
+    truth = truth_of(card)
+    for key in ("raw_captions", "raw_qa", "val_captions", "val_qa"):
+        for sample in json.loads(card[key].read_text()):
+            if sample["id"] not in truth:
+                assert parse_conversation(sample)
+                assert len(read_frames(card["videos_dir"] / sample["video"], [0])) == 1
+
+
+def test_splits_share_no_clip_and_a_third_of_the_test_clips_is_unseen(card):
+    names = {key: {s["video"] for s in json.loads(card[key].read_text())}
+             for key in ("raw_qa", "val_qa", "test_questions")}  # fmt: skip
+    assert not names["raw_qa"] & names["val_qa"] and not names["raw_qa"] & names["test_questions"]
+    asked = json.loads(card["test_questions"].read_text())
+    unseen = {q["video"] for q in asked if q["unseen_pair"]}
+    assert len(unseen) / len(names["test_questions"]) == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_a_missing_card_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run notebook 00 first"):
+        read_card(tmp_path)
+    (tmp_path / "world.json").write_text('{"videos_dir": "videos"}')
+    with pytest.raises(ValueError, match="lacks raw_captions, raw_qa"):
+        read_card(tmp_path)
