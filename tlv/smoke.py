@@ -15,7 +15,11 @@ SCRATCH = ROOT / "outputs" / "scratch"
 # Notebook 00's defaults: whoever makes the smoke world first, it is the same one.
 WORLD = dict(seed=0, num_train=40, num_val=6, num_test=12, defect_share=0.025)
 BACKBONES = dict(seed=0, vision_steps=3, llm_steps=3, num_texts=120)
-FRAMES = dict(num_frames=8, num_queries=32, num_groups=8)
+# Notebook 02's defaults.
+MODEL = dict(
+    seed=0, num_frames=8, num_queries=32, num_groups=8, num_resampler_layers=2, resampler_heads=4,
+    resampler_head_dim=32, template="plain", max_seq_len=1024,
+)  # fmt: skip
 
 
 def world(folder) -> Path:
@@ -77,7 +81,7 @@ def _model(folder: Path):
     from tlv.toy_data import read_card
 
     card = read_card(world(SCRATCH / "00_toy_world/world"))
-    built, processor = build_model(card["vision_dir"], card["llm_dir"], seed=0, **FRAMES)
+    built, processor = build_model(card["vision_dir"], card["llm_dir"], **MODEL)
     built.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
 
