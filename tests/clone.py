@@ -64,4 +64,7 @@ def use_preset(folder, preset: str, params: dict[str, dict]) -> None:
     for name, values in params.items():
         path = folder / "params" / preset / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False))
+    launch = folder / "params" / preset / "launch.yaml"
+    if not launch.exists():
+        launch.write_text("num_ranks: 1\n")
     (folder / "params" / "preset.yaml").write_text(f"preset: {preset}\n")

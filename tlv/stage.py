@@ -7,6 +7,7 @@
 """
 
 import argparse
+import logging
 import os
 import resource
 import sys
@@ -74,6 +75,8 @@ def _execute(source, target, values) -> None:
     import zmq
     from nbclient.exceptions import DeadKernelError
 
+    # It calls parameters annotated `int | None` unknown; `check_parameters` has looked at them.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             with notebooks.private_kernel() as manager:

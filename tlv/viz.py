@@ -138,7 +138,7 @@ def gallery(rows, title="", num_frames=5) -> Figure:
         for place, line in enumerate(texts):
             row[-1].text(0, 0.97 - 0.21 * place, line, va="top", fontsize=8,
                          color=INK if place else ink, fontweight="normal" if place else "bold",
-                         transform=row[-1].transAxes)  # fmt: skip
+                         transform=row[-1].transAxes, parse_math=False)  # fmt: skip
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return fig
@@ -214,10 +214,14 @@ def loss_curve(train, val=None, title="", part="connector", ylabel="loss (nats p
 
 def bars_with_ci(labels, values, low=None, high=None, baselines=None, title="",
                  xlabel="accuracy", part="llm", unit_range=True) -> Figure:  # fmt: skip
-    """Horizontal bars with interval ends `low`, `high`; `baselines` (same length) as ticks."""
+    """Horizontal bars with interval ends `low`, `high`; `baselines` (same length) as ticks.
+
+    `part` gives the colour: one part's for all bars, or a list with the part of each.
+    """
     fig, ax = _figure(6.5, 0.36 * len(labels) + 1.2)
     y, values = np.arange(len(labels)), np.asarray(values, dtype=float)
-    ax.barh(y, values, color=PALETTE[part], height=0.62, alpha=0.85)
+    colours = [PALETTE[p] for p in ([part] if isinstance(part, str) else part)]
+    ax.barh(y, values, color=colours, height=0.62, alpha=0.85)
     ends = values if high is None else np.asarray(high, dtype=float)
     if low is not None and high is not None:
         error = [values - np.asarray(low, dtype=float), ends - values]
