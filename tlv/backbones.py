@@ -29,6 +29,7 @@ from tlv import chat, questions, world
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>", "<video>")
 IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
+WORDS = (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
 
@@ -52,7 +53,8 @@ def train_backbones(
     """
     rng = np.random.default_rng([seed, 0])
     texts = [chat.render(write_conversation(rng), template) for _ in range(num_texts)]
-    tokenizer = train_tokenizer(texts + write_frames(rng, num_texts)[1])
+    texts += [questions.frame_caption(facts) for facts in write_frames(rng, num_texts)[1]]
+    tokenizer = train_tokenizer(texts)
     shape = dict(width=width, num_layers=num_layers, seed=seed, device=device, log=log)
     vision = train_vision(
         Path(out_dir) / "vision",
@@ -121,30 +123,28 @@ def write_conversation(rng: np.random.Generator, num_frames: int = 8) -> list[tu
     return turns
 
 
-def write_frames(rng: np.random.Generator, count: int, family: int = 8):
-    """Pairs for the image encoder. Returns frames (count, H, W, 3) uint8 and their captions.
+def write_frames(rng: np.random.Generator, count: int):
+    """Frames for the image encoder, (count, H, W, 3) uint8, and for each the facts it shows."""
+    frames, facts = [], []
+    for _ in range(count):
+        scene = world.sample_scene(rng)
+        frame = int(rng.integers(scene.num_frames))
+        frames.append(world.render(scene, [frame])[0])
+        facts.append(questions.frame_facts(scene, frame))
+    return np.stack(frames), facts
 
-    They come in families of the same colours: what tells a family's captions apart is shape, size
-    and place. Drawn freely, colours alone would find nearly every caption, and nothing else
-    would be learnt.
+
+def write_captions(facts) -> tuple[list[str], np.ndarray]:
+    """Captions of a batch of frames, and which are true of which: (captions, frames) bool.
+
+    One caption of each frame tells all. Beside them stand the shortest captions there are, single
+    words such as "ring" or "top left", each true of many frames. From these the encoder learns in
+    a few hundred steps what it would otherwise have to untangle from whole captions.
     """
-    frames, captions = [], []
-    while len(frames) < count:
-        num_things = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
-        colours = rng.permutation(list(world.COLOURS))[:num_things]
-        pairs = [pair for pair in world.SEEN_PAIRS if pair[0] in colours]
-        for _ in range(min(family, count - len(frames))):
-            scene = world.sample_scene(rng, pairs=pairs, num_things=num_things)
-            frame = int(rng.integers(scene.num_frames))
-            frames.append(world.render(scene, [frame])[0])
-            captions.append(questions.frame_caption(scene, frame))
-    return np.stack(frames), captions
-
-
-def match(captions: list[str]) -> torch.Tensor:
-    """Which caption belongs to which frame, (B, B) bool: its own, and any with the same words."""
-    names = np.array(captions)
-    return torch.from_numpy(names[:, None] == names[None, :])
+    captions = [questions.frame_caption(one) for one in facts]
+    truth = [[caption == other for other in captions] for caption in captions]
+    truth += [[any(word in fact for fact in one) for one in facts] for word in WORDS]
+    return captions + list(WORDS), np.array(truth)
 
 
 def to_pixels(frames: np.ndarray, size: int = IMAGE_SIZE) -> torch.Tensor:
@@ -154,8 +154,8 @@ def to_pixels(frames: np.ndarray, size: int = IMAGE_SIZE) -> torch.Tensor:
 
 
 def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale, bias, same: torch.Tensor):
-    """Sigmoid loss over all pairs of a batch; `same` (B, B) marks the pairs that match."""
-    logits = text @ image.T * scale.exp() + bias  # (B, B)
+    """Sigmoid loss over all pairs of a batch; `same` (captions, B) marks the pairs that match."""
+    logits = text @ image.T * scale.exp() + bias  # (captions, B)
     return -F.logsigmoid(torch.where(same, logits, -logits)).sum() / len(image)
 
 
@@ -197,17 +197,18 @@ def train_vision(
     model.logit_bias.data.fill_(-math.log(batch_size))
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
-        frames, captions = write_frames(rng, batch_size)
+        frames, facts = write_frames(rng, batch_size)
+        captions, truth = write_captions(facts)
         ids = _tokenize(tokenizer, captions).to(device)  # (B, L)
         out = model(input_ids=ids, pixel_values=to_pixels(frames).to(device))
-        same = match(captions).to(device)  # (B, B)
+        same = torch.from_numpy(truth).to(device)  # (B, B)
         loss = siglip_loss(
             out.image_embeds, out.text_embeds, model.logit_scale, model.logit_bias, same
         )
         losses.append(_update(model, optimizer, loss))
         if step % 100 == 0 or step == num_steps - 1:
-            top1 = (out.text_embeds @ out.image_embeds.T).argmax(1)
-            hit = same[torch.arange(batch_size), top1].float().mean()
+            best = (out.text_embeds @ out.image_embeds.T)[:batch_size].argmax(1)
+            hit = same[torch.arange(batch_size), best].float().mean()
             log(f"vision step {step}: loss {losses[-1]:.3f}, a right image first: {hit:.2f}")
     processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     for part in (model, processor, tokenizer):
@@ -319,10 +320,11 @@ def _update(model, optimizer, loss) -> float:
 @torch.no_grad()
 def measure_retrieval(model, tokenizer, *, seed: int, num_images: int) -> dict:
     """Share of captions whose image scores highest among fresh ones: `top1`, and `top5`."""
-    frames, captions = write_frames(np.random.default_rng([seed, 4]), num_images)
+    frames, facts = write_frames(np.random.default_rng([seed, 4]), num_images)
+    captions, truth = (part[:num_images] for part in write_captions(facts))
     ids = _tokenize(tokenizer, captions).to(model.device)
     out = model(input_ids=ids, pixel_values=to_pixels(frames).to(model.device))
-    same = match(captions).to(model.device)  # (B, B)
+    same = torch.from_numpy(truth).to(model.device)  # (B, B)
     ranked = (out.text_embeds @ out.image_embeds.T).argsort(1, descending=True)  # (B, B)
     hits = same.gather(1, ranked)  # (B, B)
     return {

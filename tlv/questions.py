@@ -50,20 +50,24 @@ def caption(scene: Scene) -> str:
     return ". ".join(s[:1].upper() + s[1:] for s in text.split(". "))
 
 
-def frame_caption(scene: Scene, frame: int) -> str:
-    """What one frame shows and where: the text of the image encoder's training pairs."""
-    seen = [
-        f"{thing.size} {scene.colour_at(i, frame)} {thing.shape} {_place(thing, frame)}"
+def frame_facts(scene: Scene, frame: int) -> list[tuple[str, str, str, str]]:
+    """What one frame shows: size, colour, shape and place of each thing that can be seen."""
+    return [
+        (thing.size, scene.colour_at(i, frame), thing.shape, _place(thing, frame))
         for i, thing in enumerate(scene.things)
         if scene.is_visible(i, frame)
     ]
-    return ", ".join(seen) or "nothing"
+
+
+def frame_caption(facts) -> str:
+    """Facts in words: "small red ring top left, large blue bar centre"."""
+    return ", ".join(" ".join(fact) for fact in facts) or "nothing"
 
 
 def frame_log(scene: Scene, num_frames: int = 16) -> str:
     """A scene told frame by frame: how a text-only LLM learns to read a course of events."""
     frames = np.linspace(0, scene.num_frames - 1, num_frames, dtype=int)
-    return "; ".join(frame_caption(scene, int(frame)) for frame in frames) + "."
+    return "; ".join(frame_caption(frame_facts(scene, int(frame))) for frame in frames) + "."
 
 
 def ask(scene: Scene, rng: np.random.Generator, pairs=SEEN_PAIRS) -> list[Question]:

@@ -29,6 +29,10 @@ COLOURS = {
 SHAPES = ("circle", "ring", "bar", "cross")  # told apart by few pixels
 SIZES = {"small": 7.0, "large": 11.0}  # radius in pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+PLACES = (
+    "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
+    "bottom right",
+)  # fmt: skip
 EVENTS = ("appears", "leaves", "changes colour")
 
 # Shape-colour pairs that no training clip and no backbone ever sees: the test of composition.
@@ -172,21 +176,25 @@ def _draw(rng, pairs, must_have, count, event_share) -> Scene:
         x, y = rng.uniform(0, SIZE, size=2)
         size = "large" if rng.random() < 0.5 else "small"
         things.append(Thing(*chosen[index], size, float(x), float(y), direction, float(speed)))
-    background = tuple(int(v) for v in rng.integers(15, 60) + rng.integers(-8, 9, size=3))
-    scene = Scene(num_frames, tuple(things), (), background)
+    scene = Scene(num_frames, tuple(things), (), draw_background(rng))
     if count >= 2 and rng.random() < event_share:
         scene = replace(scene, events=_draw_events(rng, scene, pairs))
     return scene
 
 
+def draw_background(rng) -> tuple[int, int, int]:
+    """A dark grey with a tint."""
+    return tuple(int(v) for v in rng.integers(15, 60) + rng.integers(-8, 9, size=3))
+
+
 def _draw_events(rng, scene: Scene, pairs) -> tuple[Event, ...]:
-    """Two events on two things, a fifth to a third of the clip apart.
+    """Two events on two things, a sixth to a quarter of the clip apart.
 
     The gap is short on purpose: a single frame tells the order only if it falls inside it.
     """
     n = scene.num_frames
-    gap = rng.uniform(0.2, 0.33)
-    first = rng.uniform(0.1, 0.9 - gap)
+    gap = rng.uniform(0.16, 0.24)
+    first = rng.uniform(0.04, 0.96 - gap)
     events = []
     for thing, at in zip(rng.permutation(len(scene.things))[:2], (first, first + gap), strict=True):
         shape, taken = scene.things[thing].shape, {t.pair for t in scene.things}
@@ -234,6 +242,4 @@ def render(scene: Scene, frames=None) -> np.ndarray:
 
 def place_name(x: float, y: float) -> str:
     """The ninth of the frame that a point lies in: "top left" ... "centre" ... "bottom right"."""
-    row = ("top", "", "bottom")[int(y * 3 // SIZE)]
-    column = ("left", "", "right")[int(x * 3 // SIZE)]
-    return f"{row} {column}".strip() or "centre"
+    return PLACES[int(y * 3 // SIZE) * 3 + int(x * 3 // SIZE)]
