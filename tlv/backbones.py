@@ -252,13 +252,16 @@ def train_llm(
         num_hidden_layers=num_layers,
         num_attention_heads=width // 32,
         num_key_value_heads=max(1, width // 64),
+        initializer_range=width**-0.5,  # 0.02 suits a width of some thousand
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config).to(device)
+    # Words on the scale of video tokens, which the resampler's LayerNorm and positions set to one.
+    model.model.embed_tokens.weight.data.normal_(std=0.7)
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
         # One thing at a time first, as for the encoder.
