@@ -448,3 +448,9 @@ def test_config_round_trip(tmp_path):
     again = TlvConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
     assert again.tie_word_embeddings and again.drop_first_patch and again.num_queries == 512
+
+
+def test_a_saved_model_names_no_folder_of_the_machine(model_dir, llm_dir, vision_dir):
+    for path in model_dir.glob("*.json"):
+        text = path.read_text()
+        assert str(llm_dir) not in text and str(vision_dir) not in text, path.name

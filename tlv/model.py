@@ -248,6 +248,8 @@ def build_model(vision_dir, llm_dir, *, dtype=torch.float32, seed=0, **fields):
         raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
     vision_config = vision_part(read_config(vision_dir, "vision_dir"))
     text_config = read_config(llm_dir, "llm_dir")
+    for part in (vision_config, text_config):
+        part._name_or_path = ""  # else config.json keeps a path of the machine that built it
     tokenizer = _load_part(AutoTokenizer, llm_dir, "llm_dir")
     image_processor = _load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
     if VIDEO_TOKEN not in tokenizer.get_added_vocab():
