@@ -17,13 +17,17 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     metrics = {"accuracy/free": 0.8125, "accuracy/choice": 0.9, "accuracy/unseen_pairs": 0.5,
                "accuracy/type/order": 0.75, "baseline/type/order": 0.25, "num_questions": 900,
                "seed": 0}  # fmt: skip
+    scores = [key for key in metrics if key.startswith("accuracy/")]
+    metrics |= {f"{key}/low": metrics[key] - 0.05 for key in scores}
+    metrics |= {f"{key}/high": metrics[key] + 0.05 for key in scores}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "README.md").write_text(
         "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- costs -->\n<!-- /costs -->\n"
     )
     assert report.main(["readme"]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert "| free-form | 81.2% | |" in text and "| order | 75.0% | 25.0% |" in text
+    assert "| free-form | 81.2% | 76.2% to 86.2% | |" in text
+    assert "| order | 75.0% | 70.0% to 80.0% | 25.0% |" in text
     assert "| 03_pretraining | 2.0 min | 2.0 GiB |" in text
     assert "| **all** | **2.5 min** | **2.0 GiB** |" in text and "old" not in text
     assert text.startswith("a\n") and "\nb\n" in text

@@ -13,7 +13,7 @@ from tlv import ROOT
 from tlv.costs import duration, read_costs
 from tlv.files import write_text
 
-TYPE = "accuracy/type/"
+BASELINE = "baseline/type/"
 
 
 def cost_table(preset: str) -> str:
@@ -37,16 +37,20 @@ def result_table(preset: str) -> str:
     if not path.exists():
         return f"No evaluated run of the preset `{preset}` yet."
     metrics = json.loads(path.read_text())
-    rows = ["| questions | accuracy | best baseline |", "|---|---|---|"]
+    rows = ["| questions | accuracy | 95% interval | best baseline |", "|---|---|---|---|"]
     for label, key in (("free-form", "accuracy/free"), ("multiple choice", "accuracy/choice"),
                        ("shape-colour pairs never seen in training", "accuracy/unseen_pairs")):
-        rows.append(f"| {label} | {metrics[key]:.1%} | |")
-    for key in sorted(k for k in metrics if k.startswith(TYPE)):
-        kind = key.removeprefix(TYPE)
-        baseline = metrics[f"baseline/type/{kind}"]
-        rows.append(f"| {kind} | {metrics[key]:.1%} | {baseline:.1%} |")
+        rows.append(f"| {label} | {_with_interval(metrics, key)} | |")
+    for kind in sorted(k.removeprefix(BASELINE) for k in metrics if k.startswith(BASELINE)):
+        score = _with_interval(metrics, f"accuracy/type/{kind}")
+        rows.append(f"| {kind} | {score} | {metrics[BASELINE + kind]:.1%} |")
     rows.append(f"\n{metrics['num_questions']} questions, seed {metrics['seed']}.")
     return "\n".join(rows)
+
+
+def _with_interval(metrics: dict, key: str) -> str:
+    low, high = metrics[f"{key}/low"], metrics[f"{key}/high"]
+    return f"{metrics[key]:.1%} | {low:.1%} to {high:.1%}"
 
 
 def fill(text: str, name: str, table: str) -> str:
