@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -107,5 +108,6 @@ def test_make_prints_its_targets_and_ci_runs_the_tests():
 
 
 def test_code_style():
-    done = subprocess.run(["ruff", "check", "."], cwd=ROOT, text=True, capture_output=True)
+    command = [sys.executable, "-m", "ruff", "check", "."]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
