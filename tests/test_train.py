@@ -240,6 +240,11 @@ def test_separate_turns_are_more_rows_and_the_same_answers(configure):
     assert losses(packed)[0] != pytest.approx(losses(separate)[0], rel=1e-6)
 
 
+def test_isolated_turns_are_trained_as_separate_ones(configure):
+    isolated = run(configure(turns="isolated"))
+    assert losses(isolated) == close(run(configure(turns="separate")), 1e-5)
+
+
 def test_the_paper_recipe_runs_bf16_zero3_checkpointing(configure):
     config = configure(precision="bf16", zero_config="params/deepspeed_zero3.json", num_steps=3,
                        gradient_checkpointing=True, warmup_ratio=0.03)

@@ -175,7 +175,7 @@ class TrainConfig:
     seed: int = 0
     val_data: str | None = None
     template: str | None = None  # None: the model's own
-    turns: Literal["packed", "separate"] = "packed"
+    turns: Literal["packed", "separate", "isolated"] = "packed"
     trainable: tuple[Literal["connector", "llm", "vision"], ...] = ("connector",)
     lr_connector: float | None = None  # peak learning rates; None: frozen
     lr_llm: float | None = None

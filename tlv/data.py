@@ -84,6 +84,8 @@ class VideoTextDataset(Dataset):
 
     turns = "packed": one row per sample, all its turns in one sequence (the published form).
     turns = "separate": a row per turn, each question alone; the rows share the sample's clip.
+    turns = "isolated": one row per sample, and no turn sees another: what "separate" computes,
+    with the clip's tokens once.
     `cache` (a filled FeatureCache) gives what the vision encoder made of the clip, in its place.
     """
 
@@ -142,10 +144,12 @@ class VideoTextDataset(Dataset):
         """Rows of input_ids and labels; `num_frames` None is a sample of text alone."""
         num_tokens = None if num_frames is None else self.processor.num_tokens(num_frames)
         conversations = [turns]
-        if self.turns == "separate":
+        if self.turns != "packed":
             is_visual = num_frames is not None
             conversations = [[(with_video(q) if is_visual else q, a)] for q, a in turns]
         rows = [encode(c, self.template, self.tokenizer, num_tokens) for c in conversations]
+        if self.turns == "isolated":
+            rows = [isolate(rows, self.config.video_token_id)]
         for row in rows:
             check_row(row, self.config.max_seq_len)
         return rows
@@ -168,6 +172,40 @@ class VideoTextDataset(Dataset):
         row = encode([(VIDEO_TOKEN, "")], self.template, self.tokenizer, num_tokens)
         return {"id": "", "clip": clip,
                 "rows": [{**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}]}
+
+
+def isolate(rows: list[dict], placeholder: int) -> dict:
+    """Rows that begin alike, up to the end of their clip, as one row in which no turn sees another.
+
+    Beside input_ids and labels it holds, for each token, `segments` (0: the shared beginning,
+    k: turn k) and `positions`, those that the token had in its own row.
+    """
+    ids = rows[0]["input_ids"]
+    start = max((i + 1 for i, token in enumerate(ids) if token == placeholder), default=0)
+    row = {"input_ids": ids[:start], "labels": rows[0]["labels"][:start],
+           "segments": [0] * start, "positions": list(range(start))}
+    for number, one in enumerate(rows, start=1):
+        if one["labels"][start] != IGNORE_INDEX:
+            raise BadRow("an answer follows the clip at once, without a question; "
+                         "turns = isolated needs one")
+        length = len(one["input_ids"])
+        row["input_ids"] += one["input_ids"][start:]
+        row["labels"] += one["labels"][start:]
+        row["segments"] += [number] * (length - start)
+        row["positions"] += range(start, length)
+    return row
+
+
+def isolation_mask(segments: torch.Tensor) -> torch.Tensor:
+    """segments (R, L), -1 where padded -> which token may look at which, (R, 1, L, L) bool.
+
+    Backwards only, at the own turn and at the shared beginning. Padding looks at itself: a token
+    that may look at nothing gives NaN.
+    """
+    own, other = segments[:, None, :, None], segments[:, None, None, :]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()  # (L, L)
+    return causal & ((own == other) | (other == 0))  # (R, 1, L, L)
 
 
 class BadRow(ValueError):
@@ -239,7 +277,8 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
             clip_key: str = "pixel_values_videos") -> dict:
     """Items -> one micro-batch of exactly `num_clips` clips, padded on the right.
 
-    Returns input_ids, labels, attention_mask (R, L), `clips` (num_clips, T, ...) or a list where
+    Returns input_ids, labels, attention_mask (R, L), or (R, 1, L, L) with position_ids (R, L)
+    where turns are isolated, `clips` (num_clips, T, ...) or a list where
     lengths differ, the model's name for them (clip_key), video_index (visual rows,) and `bad`,
     a list of BadSample.
     """
@@ -260,10 +299,16 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
 
     if len({clip.shape for clip in clips}) == 1:
         clips = torch.stack(clips)
+    if any("segments" in row for row in rows):
+        segments = pad([row.get("segments", [0] * len(row["input_ids"])) for row in rows], -1)
+        positions = [row.get("positions", range(len(row["input_ids"]))) for row in rows]
+        look = {"attention_mask": isolation_mask(segments), "position_ids": pad(positions, 0)}
+    else:
+        look = {"attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0)}
     return {
         "input_ids": pad([row["input_ids"] for row in rows], pad_id),
         "labels": pad([row["labels"] for row in rows], IGNORE_INDEX),
-        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        **look,
         "clips": clips,
         "clip_key": clip_key,
         "video_index": torch.tensor(video_index),

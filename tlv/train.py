@@ -158,11 +158,10 @@ def answer_nll(engine, batch: dict, device) -> torch.Tensor:
     targets = batch["labels"][:, 1:].to(device)  # (R, L - 1)
     keep = (targets != -100).any(dim=0).nonzero().flatten()  # (K,)
     keep = keep if len(keep) else torch.zeros(1, dtype=torch.long, device=device)
-    output = engine(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        video_index=batch["video_index"].to(device), use_cache=False, logits_to_keep=keep,
-        **{key: moved})
+    rows = {name: batch[name].to(device)
+            for name in ("input_ids", "attention_mask", "position_ids", "video_index")
+            if name in batch}
+    output = engine(**rows, use_cache=False, logits_to_keep=keep, **{key: moved})
     return torch.nn.functional.cross_entropy(
         output.logits.float().flatten(0, 1), targets[:, keep].flatten(), reduction="sum",
         ignore_index=-100)
