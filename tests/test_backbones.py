@@ -12,8 +12,8 @@ from tlv import backbones, questions, world
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("backbones")
     losses = backbones.train_backbones(
-        out, seed=0, vision_steps=2, llm_steps=2, num_texts=60, width=32, num_layers=2,
-        batch_size=8, log=lambda line: None,
+        out, seed=0, vision_steps=2, llm_steps=2, num_texts=60, vision_width=32,
+        vision_layers=2, llm_width=32, llm_layers=2, batch_size=8,
     )  # fmt: skip
     assert len(losses["vision"]) == len(losses["llm"]) == 2
     return out
@@ -46,7 +46,7 @@ def test_the_corpora_hold_no_held_out_pair():
     rng = np.random.default_rng(0)
     _, facts = backbones.write_frames(rng, 300)
     shown = {(colour, shape) for one in facts for _, colour, shape, _ in one}
-    texts = [q + a for _ in range(100) for q, a in backbones.write_conversation(rng)]
+    texts = [q + a for i in range(400) for q, a in backbones.write_lesson(rng, i / 400)]
     for colour, shape in world.HELD_OUT_PAIRS:
         assert (colour, shape) not in shown
         assert not any(f"{colour} {shape}" in text for text in texts)
@@ -67,8 +67,8 @@ def test_training_frames_are_processed_as_the_saved_processor_does(folder):
 
 def test_equal_seeds_give_equal_weights(folder, tmp_path):
     backbones.train_backbones(
-        tmp_path, seed=0, vision_steps=2, llm_steps=2, num_texts=60, width=32, num_layers=2,
-        batch_size=8, log=lambda line: None,
+        tmp_path, seed=0, vision_steps=2, llm_steps=2, num_texts=60, vision_width=32,
+        vision_layers=2, llm_width=32, llm_layers=2, batch_size=8,
     )  # fmt: skip
     for name in ("vision/model.safetensors", "llm/model.safetensors", "llm/tokenizer.json"):
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()

@@ -131,21 +131,24 @@ def test_majority_reads_letters_as_their_options_and_prefers_what_was_seen_most(
 def test_summary_has_the_promised_keys_and_the_best_baseline():
     asked = [
         question("1"), question("2", video="b.mp4", answer="blue", unseen=True),
+        question("4", video="c.mp4"),
         question("3", kind="count", form="choice", answer="B", options=["one", "two"]),
     ]  # fmt: skip
-    given = {"video": ["red", "blue", "B"], "blind": ["red", "red", "?"],
-             "other clip": ["blue", "red", "A"], "majority": ["red", "blue", "A"]}  # fmt: skip
+    given = {"video": ["red", "blue", "tan", "B"], "blind": ["red", "red", "blue", "?"],
+             "other clip": ["blue", "red", "blue", "A"],
+             "majority": ["red", "blue", "blue", "A"]}  # fmt: skip
     records = [
         record
         for name, texts in given.items()
         for record in evaluate.make_records(asked, [Answer(t) for t in texts], name)
     ]
     metrics = evaluate.summarise(records, seed=3)
-    assert metrics["accuracy/free"] == metrics["accuracy/choice"] == 1.0
-    assert metrics["accuracy/unseen_pairs"] == metrics["accuracy/type/colour"] == 1.0
-    assert metrics["baseline/type/colour"] == metrics["baseline/majority/colour"] == 1.0
+    assert metrics["accuracy/free"] == 0.5 and metrics["accuracy/choice"] == 1.0
+    assert metrics["accuracy/unseen_pairs"] == 1.0  # of question 2, which counts nowhere else
+    assert metrics["accuracy/type/colour"] == 0.5
+    assert metrics["baseline/type/colour"] == metrics["baseline/majority/colour"] == 0.5
     assert metrics["baseline/blind/colour"] == 0.5 and metrics["baseline/type/count"] == 0.0
-    assert metrics["num_questions"] == 3 and metrics["seed"] == 3 and metrics["unparsed_rate"] == 0
+    assert metrics["num_questions"] == 4 and metrics["seed"] == 3 and metrics["unparsed_rate"] == 0
     assert 0 < metrics["accuracy/free/low"] < metrics["accuracy/free/high"] <= 1
     assert all(isinstance(v, int | float) for v in metrics.values())
     with pytest.raises(ValueError, match="blind"):

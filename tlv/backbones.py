@@ -7,6 +7,9 @@ held-out pairs. Afterwards they are loaded exactly like `google/siglip-so400m-pa
 """
 
 import math
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,14 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>", "<video>")
 IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 WORDS = (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)
-CAPTION_WEIGHT = 0.1  # a whole caption has many wrong frames, which would drown its words
+PHRASES = (  # the shortest captions
+    *((word,) for word in WORDS),
+    *world.SEEN_PAIRS,
+    *((size, colour) for size in world.SIZES for colour in world.COLOURS),
+)
+CHOICE_SHARE = 0.7  # of the questions in the LLM's corpus: the letters are what is hard
+HARD_TYPES = {"direction": 2.0, "order": 2.0}  # asked so much more often in that corpus
+CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
 
@@ -42,39 +52,40 @@ def train_backbones(
     llm_steps: int,
     num_texts: int,
     template: str = "plain",
-    width: int = 128,
-    num_layers: int = 4,
+    vision_width: int = 128,
+    vision_layers: int = 4,
+    llm_width: int = 128,
+    llm_layers: int = 4,
     batch_size: int = 64,
     device: str = "cpu",
-    log=print,
 ) -> dict[str, list[float]]:
     """Train tokenizer, image encoder and language model; write `vision/` and `llm/` to `out_dir`.
 
-    Returns the two loss curves. `num_texts` documents train the tokenizer.
+    Returns the two loss curves. `num_texts` documents train the tokenizer. Encoder and language
+    model know nothing of each other: they are trained side by side, in a process each with half
+    of the CPU threads. Their progress goes to stderr.
     """
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     rng = np.random.default_rng([seed, 0])
-    texts = [chat.render(write_conversation(rng), template) for _ in range(num_texts)]
+    texts = [chat.render(write_text(rng), template) for _ in range(num_texts)]
     texts += [questions.frame_caption(facts) for facts in write_frames(rng, num_texts)[1]]
-    tokenizer = train_tokenizer(texts)
-    shape = dict(width=width, num_layers=num_layers, seed=seed, device=device, log=log)
-    vision = train_vision(
-        Path(out_dir) / "vision",
-        tokenizer=tokenizer,
-        num_steps=vision_steps,
-        batch_size=batch_size,
-        lr=1e-3,
-        **shape,
-    )
-    llm = train_llm(
-        Path(out_dir) / "llm",
-        tokenizer=tokenizer,
-        num_steps=llm_steps,
-        batch_size=batch_size // 4,
-        lr=2e-3,
-        template=template,
-        **shape,
-    )
-    return {"vision": vision, "llm": llm}
+    shared = dict(tokenizer=train_tokenizer(texts), seed=seed, batch_size=batch_size, device=device)
+    with ProcessPoolExecutor(
+        max_workers=2,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(max(1, torch.get_num_threads() // 2),),
+    ) as pool:
+        vision = pool.submit(
+            train_vision, Path(out_dir) / "vision", num_steps=vision_steps, width=vision_width,
+            num_layers=vision_layers, **shared,
+        )  # fmt: skip
+        llm = pool.submit(
+            train_llm, Path(out_dir) / "llm", num_steps=llm_steps, width=llm_width,
+            num_layers=llm_layers, template=template, **shared,
+        )  # fmt: skip
+        return {"vision": vision.result(), "llm": llm.result()}
 
 
 def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -99,38 +110,50 @@ def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     )
 
 
-def write_conversation(
-    rng: np.random.Generator, num_things: int | None = None, num_frames: int = 8
+def write_text(
+    rng: np.random.Generator, num_things: int | None = None, num_frames: int = 6
 ) -> list[tuple[str, str]]:
-    """A text of the language model's corpus: a scene in words, then all questions about it.
+    """A text of the language model's corpus: a scene in words, then a question about it.
 
-    Half of the scenes are told frame by frame, half in a caption: to answer, the model must look
-    up what the text says, and for direction and order compare what it says at different times.
+    Most scenes are told in a caption. The others are told frame by frame, which teaches to compare
+    what is said at different times.
     """
     scene = world.sample_scene(rng, num_things=num_things)
-    told = questions.caption(scene)
-    log = questions.frame_log(scene, num_frames)
     asked = questions.ask(scene, rng)
-    turns = []
-    for index in rng.permutation(len(asked)):
-        question = asked[index]
-        if rng.random() < 0.4:
-            text, answer, _ = questions.as_choice(question, rng)
-        else:
-            text, answer = question.text, question.answer
-        turns.append((text, answer))
-    if rng.random() < 0.5:
-        told = log
-        turns.insert(0, ("Describe the video.", questions.caption(scene)))
-    turns[0] = (f"{told}\n{turns[0][0]}", turns[0][1])
-    return turns
+    weights = np.array([HARD_TYPES.get(question.type, 1.0) for question in asked])
+    question = asked[rng.choice(len(asked), p=weights / weights.sum())]
+    text, answer = questions.write_turn(question, rng, CHOICE_SHARE)
+    is_log = rng.random() < 0.3
+    told = questions.frame_log(scene, num_frames) if is_log else questions.caption(scene)
+    return [(f"{told}\n{text}", answer)]
+
+
+def write_retelling(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """A text of that corpus: a scene told frame by frame, then its caption."""
+    scene = world.sample_scene(rng)
+    told = questions.frame_log(scene, 6)
+    return [(f"{told}\n{questions.CAPTION_REQUEST}", questions.caption(scene))]
+
+
+def write_lesson(rng: np.random.Generator, progress: float) -> list[tuple[str, str]]:
+    """A text for a moment of training, `progress` from 0 to 1: the easy ones first.
+
+    Naming the letter of an option is a skill of its own, and from long texts it is not learnt at
+    all: options alone come first, then scenes of one thing, then scenes of any number.
+    """
+    kind = rng.random()
+    if progress < 0.25 or kind < 0.05:
+        return [questions.write_match(rng)]
+    if progress < 0.7:
+        return write_text(rng, num_things=1, num_frames=4)
+    return write_retelling(rng) if kind < 0.2 else write_text(rng)
 
 
 def write_frames(rng: np.random.Generator, count: int, num_things: int | None = None):
     """Frames for the image encoder, (count, H, W, 3) uint8, and for each the facts it shows."""
     frames, facts = [], []
     for _ in range(count):
-        scene = world.sample_scene(rng, num_things=num_things)
+        scene = world.sample_scene(rng, num_things=num_things or int(rng.integers(1, 4)))
         frame = int(rng.integers(scene.num_frames))
         frames.append(world.render(scene, [frame])[0])
         facts.append(questions.frame_facts(scene, frame))
@@ -146,8 +169,8 @@ def write_captions(facts) -> tuple[list[str], np.ndarray]:
     """
     captions = [questions.frame_caption(one) for one in facts]
     truth = [[caption == other for other in captions] for caption in captions]
-    truth += [[any(word in fact for fact in one) for one in facts] for word in WORDS]
-    return captions + list(WORDS), np.array(truth)
+    truth += [[any(set(p) <= set(fact) for fact in one) for one in facts] for p in PHRASES]
+    return captions + [" ".join(phrase) for phrase in PHRASES], np.array(truth)
 
 
 def to_pixels(frames: np.ndarray, size: int = IMAGE_SIZE) -> torch.Tensor:
@@ -169,11 +192,10 @@ def train_vision(
     seed,
     num_steps,
     batch_size,
-    lr,
     width,
     num_layers,
-    device="cpu",
-    log=print,
+    device,
+    lr=1e-3,
 ):
     """Train the SigLIP-form encoder on single frames and save its folder. Returns the losses."""
     rng, _ = np.random.default_rng([seed, 1]), torch.manual_seed(seed)
@@ -204,7 +226,7 @@ def train_vision(
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
         # One thing at a time first: what a word means is plain then. Later, how things combine.
-        frames, facts = write_frames(rng, batch_size, 1 if step < num_steps // 2 else None)
+        frames, facts = write_frames(rng, batch_size, 1 if step < num_steps // 5 else None)
         captions, truth = write_captions(facts)
         ids = _tokenize(tokenizer, captions).to(device)  # (captions, L)
         out = model(input_ids=ids, pixel_values=to_pixels(frames).to(device))
@@ -212,8 +234,8 @@ def train_vision(
         whole, words = (
             siglip_loss(out.image_embeds, text, model.logit_scale, model.logit_bias, part)
             for text, part in zip(
-                out.text_embeds.split([batch_size, len(WORDS)]),
-                same.split([batch_size, len(WORDS)]),
+                out.text_embeds.split([batch_size, len(PHRASES)]),
+                same.split([batch_size, len(PHRASES)]),
                 strict=True,
             )
         )
@@ -222,7 +244,7 @@ def train_vision(
         if step % 100 == 0 or step == num_steps - 1:
             best = (out.text_embeds @ out.image_embeds.T)[:batch_size].argmax(1)
             hit = same[torch.arange(batch_size), best].float().mean()
-            log(f"vision step {step}: loss {losses[-1]:.3f}, a right image first: {hit:.2f}")
+            _say(f"vision step {step}: loss {losses[-1]:.3f}, a right image first: {hit:.2f}")
     processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     for part in (model, processor, tokenizer):
         part.save_pretrained(Path(out_dir))
@@ -236,12 +258,11 @@ def train_llm(
     seed,
     num_steps,
     batch_size,
-    lr,
     width,
     num_layers,
     template,
-    device="cpu",
-    log=print,
+    device,
+    lr=1e-3,
 ):
     """Train the Qwen2-form language model on texts and save its folder. Returns the losses."""
     rng, _ = np.random.default_rng([seed, 2]), torch.manual_seed(seed)
@@ -251,7 +272,7 @@ def train_llm(
         intermediate_size=3 * width,
         num_hidden_layers=num_layers,
         num_attention_heads=width // 32,
-        num_key_value_heads=max(1, width // 64),
+        num_key_value_heads=width // 32,
         initializer_range=width**-0.5,  # 0.02 suits a width of some thousand
         max_position_embeddings=4096,
         tie_word_embeddings=False,
@@ -263,37 +284,35 @@ def train_llm(
     # Words on the scale of video tokens, which the resampler's LayerNorm and positions set to one.
     model.model.embed_tokens.weight.data.normal_(std=0.7)
     losses = []
-    for step, optimizer in _steps(model, num_steps, lr):
-        # One thing at a time first, as for the encoder.
-        num_things = 1 if step < num_steps // 3 else None
-        texts = [write_conversation(rng, num_things) for _ in range(batch_size)]
+    for step, optimizer in _steps(model, num_steps, lr, hold=0.6):
+        texts = [write_lesson(rng, step / num_steps) for _ in range(batch_size)]
         rows = [chat.encode(turns, template, tokenizer) for turns in texts]
-        ids, labels = (
-            pad_sequence(
-                [torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=fill
-            ).to(device)  # (B, L)
-            for key, fill in (("input_ids", tokenizer.pad_token_id), ("labels", chat.IGNORE_INDEX))
-        )
-        # Right padding needs no mask: no label looks at it.
-        loss = model(input_ids=ids, labels=labels).loss
+        rows.sort(key=lambda row: len(row["input_ids"]))  # short ones together: less padding
+        halves = rows[: batch_size // 2], rows[batch_size // 2 :]
+        parts = [_answer_nll(model, half, device) for half in halves]
+        loss = sum(nll for nll, _ in parts) / sum(count for _, count in parts)
         losses.append(_update(model, optimizer, loss))
         if step % 100 == 0 or step == num_steps - 1:
-            log(f"llm step {step}: loss {losses[-1]:.3f} ")
+            _say(f"llm step {step}: loss {losses[-1]:.3f}")
     model.save_pretrained(Path(out_dir))
     tokenizer.save_pretrained(Path(out_dir))
     return losses
 
 
 @torch.no_grad()
-def measure_reading(model, tokenizer, template: str, *, seed: int, num_scenes: int) -> dict:
-    """Share of questions that the language model answers right from a text, per question type."""
+def measure_reading(
+    model, tokenizer, template: str, *, seed: int, num_scenes: int, choice_share: float = 0.0
+) -> dict:
+    """Share of questions that the language model answers right from scenes told frame by frame,
+    per question type."""
     rng = np.random.default_rng([seed, 3])
     right = {}
     for _ in range(num_scenes):
         scene = world.sample_scene(rng)
-        told = questions.frame_log(scene, 8)
+        told = questions.frame_log(scene, 6)
         for question in questions.ask(scene, rng):
-            turns = [(f"{told}\n{question.text}", question.answer)]
+            text, answer = questions.write_turn(question, rng, choice_share)
+            turns = [(f"{told}\n{text}", answer)]
             row = {k: torch.tensor([v]) for k, v in chat.encode(turns, template, tokenizer).items()}
             guess = model(input_ids=row["input_ids"].to(model.device)).logits[0, :-1].argmax(-1)
             label = row["labels"][0, 1:].to(model.device)
@@ -302,19 +321,42 @@ def measure_reading(model, tokenizer, template: str, *, seed: int, num_scenes: i
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
+def _answer_nll(model, rows, device):
+    """Sum of -log p over the answer tokens of some rows, and their number."""
+    # Right padding needs no mask: no label looks at it. Its own id does not matter.
+    ids, labels = (
+        pad_sequence(
+            [torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=fill
+        ).to(device)  # (B, L)
+        for key, fill in (("input_ids", 0), ("labels", chat.IGNORE_INDEX))
+    )
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)  # (B * (L - 1), V)
+    targets = labels[:, 1:].flatten()  # (B * (L - 1),)
+    nll = F.cross_entropy(logits, targets, ignore_index=chat.IGNORE_INDEX, reduction="sum")
+    return nll, (targets != chat.IGNORE_INDEX).sum()
+
+
 def _tokenize(tokenizer, captions):
     return tokenizer(
         captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
 
 
-def _steps(model, num_steps, lr):
-    """AdamW with a short warm-up and a cosine, one step at a time."""
+def _say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def _steps(model, num_steps, lr, hold: float = 0.0):
+    """AdamW with a short warm-up and a cosine, one step at a time.
+
+    The rate stays at its peak for the share `hold` of the steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, num_steps // 20)
     model.train()
     for step in range(num_steps):
-        share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+        falling = max(0.0, step / num_steps - hold) / (1 - hold)
+        share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * falling)))
         optimizer.param_groups[0]["lr"] = lr * share
         yield step, optimizer
 

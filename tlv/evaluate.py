@@ -309,18 +309,20 @@ def summarise(records: list[dict], seed: int) -> dict[str, float | int]:
     """The flat metrics of an evaluation from the records of all CONDITIONS.
 
     accuracy/<part> with /low and /high for free, choice, unseen_pairs and type/<type>;
-    baseline/type/<type> is the best of the three baselines, with each beside it.
+    baseline/type/<type> is the best of the three baselines, with each beside it. Clips with a
+    shape-colour pair that no training clip shows are scored apart: they are in unseen_pairs alone.
     """
     by = defaultdict(list)
     for record in records:
         by[record["condition"]].append(record)
     if missing := [name for name in CONDITIONS if not by[name]]:
         raise ValueError(f"no records of {', '.join(missing)}; all of {CONDITIONS} are needed")
-    own = by["video"]
+    seen = {name: [r for r in rows if not r["unseen_pair"]] for name, rows in by.items()}
+    own = seen["video"]
     parts = {
         "free": [r for r in own if r["form"] == "free"],
         "choice": [r for r in own if r["form"] == "choice"],
-        "unseen_pairs": [r for r in own if r["unseen_pair"]],
+        "unseen_pairs": [r for r in by["video"] if r["unseen_pair"]],
     }
     types = sorted({r["type"] for r in own})
     parts |= {f"type/{kind}": [r for r in own if r["type"] == kind] for kind in types}
@@ -330,12 +332,13 @@ def summarise(records: list[dict], seed: int) -> dict[str, float | int]:
             metrics |= {f"accuracy/{name}{end}": round(v, 6) for end, v in accuracy(rows).items()}
     for kind in types:
         for name in CONDITIONS[1:]:
-            rows = [r for r in by[name] if r["type"] == kind]
+            rows = [r for r in seen[name] if r["type"] == kind]
             key = f"baseline/{name.replace(' ', '_')}/{kind}"
             metrics[key] = round(sum(r["correct"] for r in rows) / len(rows), 6)
         best = max(metrics[f"baseline/{name.replace(' ', '_')}/{kind}"] for name in CONDITIONS[1:])
         metrics[f"baseline/type/{kind}"] = best
-    choice = parts["choice"]
+    choice = [r for r in by["video"] if r["form"] == "choice"]
     unparsed = sum(not r["filtered_resps"][0] for r in choice) / max(1, len(choice))
-    metrics |= {"unparsed_rate": round(unparsed, 6), "num_questions": len(own), "seed": seed}
+    metrics |= {"unparsed_rate": round(unparsed, 6), "num_questions": len(by["video"])}
+    metrics["seed"] = seed
     return metrics

@@ -13,7 +13,7 @@ from tlv.world import COLOURS, DIRECTIONS, SEEN_PAIRS, SHAPES, SIZES, Scene, pla
 
 TYPES = ("colour", "shape", "size", "direction", "order", "count", "existence")
 NUMBERS = ("one", "two", "three")
-CHOICE_SUFFIX = "Answer with the option's letter from the given choices directly."
+CAPTION_REQUEST = "Describe the video."
 LETTERS = "ABCD"
 
 
@@ -33,11 +33,7 @@ def event_text(scene: Scene, event) -> str:
 
 def caption(scene: Scene) -> str:
     """Two sentences at most: who moves where, and what happens in which order."""
-    parts = [
-        f"a {thing.size} {thing.name} "
-        + (f"moves {thing.direction}" if thing.direction else "stays still")
-        for thing in scene.things
-    ]
+    parts = [f"a {thing.size} {thing.name} {_motion(scene, thing)}" for thing in scene.things]
     text = f"{_join(parts)}."
     if scene.events:
         told = []
@@ -64,20 +60,22 @@ def frame_caption(facts) -> str:
     return ", ".join(" ".join(fact) for fact in facts) or "nothing"
 
 
-def frame_log(scene: Scene, num_frames: int = 16) -> str:
+def frame_log(scene: Scene, num_frames: int) -> str:
     """A scene told frame by frame: how a text-only LLM learns to read a course of events."""
     frames = np.linspace(0, scene.num_frames - 1, num_frames, dtype=int)
     return "; ".join(frame_caption(frame_facts(scene, int(frame))) for frame in frames) + "."
 
 
 def ask(scene: Scene, rng: np.random.Generator, pairs=SEEN_PAIRS) -> list[Question]:
-    """Every kind of question that this scene allows, one of each, in a fixed order of kinds.
+    """Every kind of question that this scene allows, in a fixed order of kinds.
 
-    `pairs` are the shape-colour pairs that an absent object may have.
+    One of each, but two of order (first, last) and two of existence (there, not there).
+
+    `pairs` are the shape-colour pairs that the absent object may have.
     """
-    kinds = (_colour, _shape, _size, _direction, _order, _count)
+    kinds = (_colour, _shape, _size, _direction, _first, _last, _count, _presence)
     found = [make(scene, rng) for make in kinds]
-    found.append(_existence(scene, rng, pairs))
+    found.append(_absence(scene, rng, pairs))
     return [question for question in found if question]
 
 
@@ -88,8 +86,35 @@ def as_choice(question: Question, rng: np.random.Generator) -> tuple[str, str, l
     options = [question.answer, *picked]
     options = [options[i] for i in rng.permutation(len(options))]
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    text = "\n".join([question.text, *lines, CHOICE_SUFFIX])
-    return text, LETTERS[options.index(question.answer)], options
+    return "\n".join([question.text, *lines]), LETTERS[options.index(question.answer)], options
+
+
+def write_turns(scene: Scene, rng: np.random.Generator, choice_share: float = 0.5):
+    """Every question that the scene allows, in random order, some as multiple choice.
+
+    Those of order come in both forms, since only scenes with events have them. Returns turns
+    (question, answer), as they stand in a conversation.
+    """
+    turns = []
+    for question in ask(scene, rng):
+        shares = (0.0, 1.0) if question.type == "order" else (choice_share,)
+        turns += [write_turn(question, rng, share) for share in shares]
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def write_turn(question: Question, rng: np.random.Generator, choice_share: float):
+    """A turn (text, answer), as multiple choice in `choice_share` of all cases."""
+    if rng.random() < choice_share:
+        return as_choice(question, rng)[:2]
+    return question.text, question.answer
+
+
+def write_match(rng: np.random.Generator) -> tuple[str, str]:
+    """A turn that asks for nothing but the letter of a named option."""
+    options = _pick(rng, (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(DIRECTIONS), NUMBERS))
+    answer = str(rng.choice(options))
+    question = Question("match", f"Which option is {answer}?", answer, tuple(options))
+    return as_choice(question, rng)[:2]
 
 
 def _join(parts: list[str]) -> str:
@@ -100,6 +125,13 @@ def _join(parts: list[str]) -> str:
 
 def _place(thing, frame) -> str:
     return place_name(*(float(v) for v in thing.position(frame)))
+
+
+def _motion(scene, thing) -> str:
+    start, end = _place(thing, 0), _place(thing, scene.num_frames - 1)
+    if thing.direction is None:
+        return f"stays still at {start}"
+    return f"moves {thing.direction} from {start} to {end}"
 
 
 def _pick(rng, items):
@@ -145,12 +177,20 @@ def _direction(scene, rng):
         return Question("direction", text, thing.direction, tuple(DIRECTIONS))
 
 
-def _order(scene, rng):
+def _first(scene, rng):
+    return _order(scene, rng, "first", 0)
+
+
+def _last(scene, rng):
+    return _order(scene, rng, "last", -1)
+
+
+def _order(scene, rng, word, place):
     if scene.events:
         told = [event_text(scene, event) for event in scene.events]
         named = [told[i] for i in rng.permutation(2)]
-        text = f"Which happens first: {named[0]} or {named[1]}?"
-        return Question("order", text, told[0], tuple(named))
+        text = f"Which happens {word}: {named[0]} or {named[1]}?"
+        return Question("order", text, told[place], tuple(named))
 
 
 def _count(scene, rng):
@@ -158,16 +198,16 @@ def _count(scene, rng):
     return Question("count", "How many objects are there in total?", answer, NUMBERS)
 
 
-def _existence(scene, rng, pairs):
+def _presence(scene, rng):
+    return _existence(*_pick(rng, scene.things).pair, "yes")
+
+
+def _absence(scene, rng, pairs):
+    """The absent object shares its colour or its shape with one that is there."""
     shown = scene.pairs()
-    if rng.random() < 0.5:
-        colour, shape = _pick(rng, scene.things).pair
-        answer = "yes"
-    else:
-        # An absent object that shares its colour or its shape with one that is there.
-        near = [
-            p for p in pairs if p not in shown and any(p[0] == c or p[1] == s for c, s in shown)
-        ]
-        colour, shape = _pick(rng, near)
-        answer = "no"
+    near = [p for p in pairs if p not in shown and any(p[0] == c or p[1] == s for c, s in shown)]
+    return _existence(*_pick(rng, near), "no")
+
+
+def _existence(colour, shape, answer):
     return Question("existence", f"Is there a {colour} {shape}?", answer, ("yes", "no"))

@@ -62,7 +62,7 @@ def _world(folder: Path):
     from tlv.toy_data import make_world
 
     make_world(folder, **WORLD)
-    train_backbones(folder / "backbones", **BACKBONES, log=lambda line: None)
+    train_backbones(folder / "backbones", **BACKBONES)
 
 
 def _manifest(folder: Path):

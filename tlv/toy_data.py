@@ -5,7 +5,10 @@ content is the toy world or published data. Taught in notebook 00.
 """
 
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,6 @@ CARD_KEYS = (
     "videos_dir", "raw_captions", "raw_qa", "val_captions", "val_qa", "test_questions",
     "vision_dir", "llm_dir",
 )  # fmt: skip
-CAPTION_REQUEST = "Describe the video."
 
 
 @dataclass
@@ -49,8 +51,7 @@ def make_world(
     test = [Entry(s, names.clip()) for s in _test_scenes(rng, num_test)]
     num_defects = max(1, round(defect_share * num_train))
     planted = _plant_clips(rng, names, train, test, num_defects)
-    for entry in train + val + test + planted:
-        _write_clip(out_dir / "videos" / entry.name, entry, rng, out_dir / "videos")
+    _write_clips(out_dir / "videos", train + val + test, planted, rng)
 
     captions, qa, truth = _raw_samples(rng, names, train, planted, num_defects)
     write_json(out_dir / "raw_captions.json", captions)
@@ -117,9 +118,9 @@ def _train_scenes(rng, count):
 def _test_scenes(rng, count):
     every = world.SEEN_PAIRS + world.HELD_OUT_PAIRS
     return [
-        world.sample_scene(rng, pairs=every, must_have=world.HELD_OUT_PAIRS, event_share=0.75)
+        world.sample_scene(rng, pairs=every, must_have=world.HELD_OUT_PAIRS, event_share=1.0)
         if index % 3 == 0
-        else world.sample_scene(rng, event_share=0.75)
+        else world.sample_scene(rng, event_share=1.0)
         for index in range(count)
     ]
 
@@ -140,38 +141,47 @@ def _plant_clips(rng, names, train, test, count):
     return planted
 
 
-def _write_clip(path: Path, entry: Entry, rng, videos_dir: Path):
-    """Encode a scene, or do to the file what its defect says."""
-    again = entry.defect == "near_duplicate" or (
-        entry.defect == "leaked_test_clip" and rng.random() < 0.5
-    )
-    if entry.twin and not again:
-        path.write_bytes((videos_dir / entry.twin.name).read_bytes())
-        return
-    if entry.defect in ("unreadable", "empty"):
-        path.write_bytes(rng.bytes(3000) if entry.defect == "unreadable" else b"")
-        return
-    write_video(path, world.render(entry.scene), world.FPS, crf=30 if again else 18)
-    if entry.defect == "truncated":
-        path.write_bytes(defects.truncate(path.read_bytes(), rng))
+def _write_clips(folder: Path, clean, planted, rng):
+    """Encode every scene, then do to the planted files what their defects say."""
+    jobs = [(folder / entry.name, entry.scene, 18) for entry in clean]
+    for entry in planted:
+        again = entry.defect == "near_duplicate" or (
+            entry.defect == "leaked_test_clip" and rng.random() < 0.5
+        )
+        if again or not (entry.twin or entry.defect in ("unreadable", "empty")):
+            jobs.append((folder / entry.name, entry.scene, 30 if again else 18))
+    if len(jobs) < 200:  # sooner done than processes are started
+        encoded = {_encode(job) for job in jobs}
+    else:
+        cores = len(os.sched_getaffinity(0))
+        with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+            encoded = set(pool.map(_encode, jobs, chunksize=32))
+    for entry in planted:
+        path = folder / entry.name
+        if entry.defect == "truncated":
+            path.write_bytes(defects.truncate(path.read_bytes(), rng))
+        elif path not in encoded and entry.twin:
+            path.write_bytes((folder / entry.twin.name).read_bytes())
+        elif path not in encoded:
+            path.write_bytes(rng.bytes(3000) if entry.defect == "unreadable" else b"")
+
+
+def _encode(job) -> Path:
+    path, scene, crf = job
+    write_video(path, world.render(scene), world.FPS, crf=crf)
+    return path
 
 
 def _caption_sample(entry: Entry, sample_id: str) -> dict:
-    turns = [(CAPTION_REQUEST, questions.caption(entry.scene))]
+    turns = [(questions.CAPTION_REQUEST, questions.caption(entry.scene))]
     return _sample(entry, sample_id, turns)
 
 
-def _qa_sample(entry: Entry, sample_id: str, rng) -> dict:
-    """Every question that the clip allows, in random order, two in five as multiple choice."""
-    asked = questions.ask(entry.scene, rng)
-    turns = []
-    for index in rng.permutation(len(asked)):
-        question = asked[index]
-        if rng.random() < 0.4:
-            text, answer, _ = questions.as_choice(question, rng)
-        else:
-            text, answer = question.text, question.answer
-        turns.append((text, answer))
+def _qa_sample(entry: Entry, sample_id: str, rng, caption_share: float = 0.0) -> dict:
+    """Every question that the clip allows, and in `caption_share` of all cases its caption."""
+    turns = questions.write_turns(entry.scene, rng)
+    if rng.random() < caption_share:
+        turns.append((questions.CAPTION_REQUEST, questions.caption(entry.scene)))
     return _sample(entry, sample_id, turns)
 
 
@@ -190,7 +200,7 @@ def _raw_samples(rng, names, train, planted, count):
     captions, qa = [], []
     ids = {}
     for entry in train + planted:
-        pair = _caption_sample(entry, names.sample()), _qa_sample(entry, names.sample(), rng)
+        pair = _caption_sample(entry, names.sample()), _qa_sample(entry, names.sample(), rng, 0.3)
         ids[entry.name] = [sample["id"] for sample in pair]
         captions.append(pair[0])
         qa.append(pair[1])

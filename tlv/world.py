@@ -26,17 +26,18 @@ COLOURS = {
     "purple": (170, 60, 200),
     "white": (240, 240, 240),
 }
-SHAPES = ("circle", "ring", "bar", "cross")  # told apart by few pixels
-SIZES = {"small": 7.0, "large": 11.0}  # radius in pixels
+SHAPES = ("circle", "ring", "bar", "pillar")  # told apart by few pixels
+SIZES = {"small": 8.0, "large": 12.0}  # radius in pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PLACES = (
     "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
     "bottom right",
 )  # fmt: skip
+NUM_THINGS_SHARES = (0.5, 0.35, 0.15)  # of the scenes with one, two and three things
 EVENTS = ("appears", "leaves", "changes colour")
 
 # Shape-colour pairs that no training clip and no backbone ever sees: the test of composition.
-HELD_OUT_PAIRS = (("red", "ring"), ("green", "cross"), ("blue", "circle"), ("yellow", "bar"))
+HELD_OUT_PAIRS = (("red", "ring"), ("green", "pillar"), ("blue", "circle"), ("yellow", "bar"))
 SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
 
@@ -79,7 +80,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a clip shows. Things have different shape-colour pairs; events are in order."""
+    """All that a clip shows. No two things share a colour; events are in order."""
 
     num_frames: int
     things: tuple[Thing, ...]
@@ -142,7 +143,7 @@ def sample_scene(
     pairs=SEEN_PAIRS,
     must_have=None,
     num_things: int | None = None,
-    event_share: float = 0.65,
+    event_share: float = 0.9,
 ) -> Scene:
     """Draw a scene: number of things, their looks, motion and events, so that none ever overlap
     and something always moves or happens.
@@ -151,9 +152,10 @@ def sample_scene(
     which the first thing takes one. Rejection of overlapping draws is invariant to a shift of the
     whole scene, so each thing's place stays uniform on the torus whatever its direction.
     """
-    num_things = num_things or int(rng.integers(1, 4))  # fixed first: rejection must not skew it
+    # Number and sizes are fixed first: redrawing would prefer few and small things.
+    sizes = [str(s) for s in rng.choice(list(SIZES), size=num_things or _draw_number(rng))]
     while True:
-        scene = _draw(rng, pairs, must_have, num_things, event_share)
+        scene = _draw(rng, pairs, must_have, sizes, event_share)
         frames = np.arange(scene.num_frames)
         if not scene.is_still and all(
             torus_distance(a, b, frames).min() > SIZES[a.size] + SIZES[b.size] + 1
@@ -162,22 +164,26 @@ def sample_scene(
             return scene
 
 
-def _draw(rng, pairs, must_have, count, event_share) -> Scene:
+def _draw_number(rng) -> int:
+    return 1 + int(rng.choice(len(NUM_THINGS_SHARES), p=NUM_THINGS_SHARES))
+
+
+def _draw(rng, pairs, must_have, sizes, event_share) -> Scene:
     num_frames = int(rng.integers(MIN_SECONDS * FPS, MAX_SECONDS * FPS + 1))
     chosen = [must_have[rng.integers(len(must_have))]] if must_have else []
-    rest = [pair for pair in pairs if pair not in chosen]
-    chosen += [rest[i] for i in rng.permutation(len(rest))[: count - len(chosen)]]
+    for index in rng.permutation(len(pairs)):
+        if len(chosen) < len(sizes) and pairs[index][0] not in {colour for colour, _ in chosen}:
+            chosen.append(pairs[index])
     things = []
-    for index in rng.permutation(len(chosen)):
+    for size, index in zip(sizes, rng.permutation(len(chosen)), strict=True):
         direction = str(rng.choice(list(DIRECTIONS))) if rng.random() < 0.65 else None
         # Under half a width over the clip, however long it lasts: on a torus, more than half of
         # one would look like a step the other way.
         speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
         x, y = rng.uniform(0, SIZE, size=2)
-        size = "large" if rng.random() < 0.5 else "small"
         things.append(Thing(*chosen[index], size, float(x), float(y), direction, float(speed)))
     scene = Scene(num_frames, tuple(things), (), draw_background(rng))
-    if count >= 2 and rng.random() < event_share:
+    if len(sizes) >= 2 and rng.random() < event_share:
         scene = replace(scene, events=_draw_events(rng, scene, pairs))
     return scene
 
@@ -188,20 +194,23 @@ def draw_background(rng) -> tuple[int, int, int]:
 
 
 def _draw_events(rng, scene: Scene, pairs) -> tuple[Event, ...]:
-    """Two events on two things, a sixth to a quarter of the clip apart.
+    """Two events of one kind on two things, a fifth to a quarter of the clip apart.
 
     The gap is short on purpose: a single frame tells the order only if it falls inside it.
     """
-    n = scene.num_frames
-    gap = rng.uniform(0.16, 0.24)
-    first = rng.uniform(0.04, 0.96 - gap)
+    kind = str(rng.choice(EVENTS))
+    gap = rng.uniform(0.18, 0.28)
+    first = rng.uniform(0.06, 0.94 - gap)
+    taken = {thing.colour for thing in scene.things}
     events = []
     for thing, at in zip(rng.permutation(len(scene.things))[:2], (first, first + gap), strict=True):
-        shape, taken = scene.things[thing].shape, {t.pair for t in scene.things}
-        free = [c for c, s in pairs if s == shape and (c, s) not in taken]
-        kind = str(rng.choice(EVENTS if free else EVENTS[:2]))
-        colour = free[rng.integers(len(free))] if kind == "changes colour" else None
-        events.append(Event(kind, int(thing), int(round(at * n)), colour))
+        colour = None
+        if kind == "changes colour":
+            shape = scene.things[thing].shape
+            free = [c for c, s in pairs if s == shape and c not in taken]
+            colour = free[rng.integers(len(free))]
+            taken.add(colour)
+        events.append(Event(kind, int(thing), int(round(at * scene.num_frames)), colour))
     return tuple(events)
 
 
@@ -213,11 +222,8 @@ def draw_shape(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.
         distance = abs(np.hypot(dx, dy) - 0.75 * radius) - 0.25 * radius
     elif shape == "bar":  # lying
         distance = np.maximum(abs(dx) - radius, abs(dy) - 0.4 * radius)
-    elif shape == "cross":
-        arm = 0.36 * radius
-        distance = np.minimum(
-            np.maximum(abs(dx) - arm, abs(dy) - radius), np.maximum(abs(dx) - radius, abs(dy) - arm)
-        )
+    elif shape == "pillar":  # standing
+        distance = np.maximum(abs(dx) - 0.4 * radius, abs(dy) - radius)
     else:
         raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
     return np.clip(0.5 - distance, 0, 1)
