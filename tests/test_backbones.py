@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tlv import backbones, questions, world
+from tlv import backbones, corpus, questions, world
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_siglip_loss_equals_the_sum_over_pairs():
 
 def test_captions_are_true_of_the_frames_that_show_them():
     facts = [[("small", "red", "ring", "top")], [("large", "red", "bar", "left")], []]
-    captions, truth = backbones.write_captions(facts)
+    captions, truth = corpus.write_captions(facts)
     rows = dict(zip(captions, truth.tolist(), strict=True))
     assert rows["small red ring top"] == [True, False, False]
     assert rows["nothing"] == [False, False, True]
@@ -44,12 +44,32 @@ def test_captions_are_true_of_the_frames_that_show_them():
 
 def test_the_corpora_hold_no_held_out_pair():
     rng = np.random.default_rng(0)
-    _, facts = backbones.write_frames(rng, 300)
+    _, facts = corpus.write_frames(rng, 300)
     shown = {(colour, shape) for one in facts for _, colour, shape, _ in one}
-    texts = [q + a for i in range(400) for q, a in backbones.write_lesson(rng, i / 400)]
+    texts = [q + a for i in range(400) for q, a in corpus.write_lesson(rng, i / 400)]
     for colour, shape in world.HELD_OUT_PAIRS:
         assert (colour, shape) not in shown
         assert not any(f"{colour} {shape}" in text for text in texts)
+
+
+def test_lessons_are_dealt_out_in_order_and_ask_about_one_text():
+    assert all(sum(shares.values()) == pytest.approx(1) for _, shares in corpus.LESSONS)
+    assert [end for end, _ in corpus.LESSONS] == sorted(end for end, _ in corpus.LESSONS)
+    rng = np.random.default_rng(0)
+    assert all("Which option" in q for q, _ in corpus.write_lesson(rng, 0.0))
+    for name, write in corpus.WRITERS.items():
+        if name != "letters":
+            for _ in range(20):
+                assert len({question.split("\n")[0] for question, _ in write(rng)}) == 1
+
+
+def test_every_skill_that_is_taught_alone_is_asked_in_both_forms():
+    rng = np.random.default_rng(0)
+    for name, types in (("frame", ("What colour", "How large")), ("motion", ("Where is",))):
+        turns = [turn for _ in range(50) for turn in corpus.WRITERS[name](rng)]
+        for opening in types:
+            asked = [a for q, a in turns if q.split("\n")[1].startswith(opening)]
+            assert {"A", "B"} < set(asked) and len(asked) > sum(a in "ABCD" for a in asked) > 0
 
 
 def test_the_longest_caption_fits_into_the_text_tower(folder):
@@ -59,7 +79,7 @@ def test_the_longest_caption_fits_into_the_text_tower(folder):
 
 
 def test_training_frames_are_processed_as_the_saved_processor_does(folder):
-    frames, _ = backbones.write_frames(np.random.default_rng(0), 4)
+    frames, _ = corpus.write_frames(np.random.default_rng(0), 4)
     processor = AutoImageProcessor.from_pretrained(folder / "vision")
     saved = processor(images=list(frames), return_tensors="pt").pixel_values
     assert torch.allclose(backbones.to_pixels(frames), saved, atol=1e-6)

@@ -86,25 +86,25 @@ def test_packed_turns_are_one_row_and_separate_turns_share_the_clip(make):
     assert "And then?" in text and "What happens" not in text
 
 
-def test_isolated_turns_are_one_row_that_looks_as_separate_ones_do(make):
-    dataset = make(turns="isolated")
+@pytest.mark.parametrize("template", [None, "pretrain"])  # the second one asks nothing
+def test_isolated_turns_are_one_row_that_looks_as_separate_ones_do(make, template):
+    dataset = make(turns="isolated", template=template)
     batch = next(iter(make_loader(dataset, [[0, 1]], 2, 0)))
-    separate = [make(turns="separate")[i]["rows"] for i in (0, 1)]
+    separate = [make(turns="separate", template=template)[i]["rows"] for i in (0, 1)]
     for row, apart in enumerate(separate):
         segments = dataset[row]["rows"][0]["segments"]
         look = batch["attention_mask"][row, 0]
         for number, one in enumerate(apart, start=1):
             own = [i for i, segment in enumerate(segments) if segment in (0, number)]
             assert batch["input_ids"][row, own].tolist() == one["input_ids"]
+            # the token that predicts a label stands in front of it
+            labels = [segments[i - 1] for i in own if batch["labels"][row, i] != IGNORE_INDEX]
+            assert set(labels) == {number}
             assert batch["position_ids"][row, own].tolist() == list(range(len(own)))
             assert torch.equal(look[own][:, own], torch.ones(len(own), len(own)).bool().tril())
             others = [i for i, segment in enumerate(segments) if segment not in (0, number)]
             assert not look[own[segments.count(0):]][:, others].any()
     assert batch["attention_mask"].any(-1).all()  # padding looks at something, else it is NaN
-
-
-def test_isolated_turns_need_a_question(make):
-    assert "needs one" in make(turns="isolated", template="pretrain")[0].reason
 
 
 def test_each_kind_of_bad_sample_is_named_with_its_reason(make, world):

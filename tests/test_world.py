@@ -98,25 +98,39 @@ def test_an_unknown_shape_is_refused_by_name():
 # ---- questions ------------------------------------------------------------------------------
 
 
+THINGS = (
+    world.Thing("red", "circle", "small", 30, 10, "left", 1.0),
+    world.Thing("blue", "bar", "large", 40, 40),
+)
+
+
 def test_answers_follow_from_the_scene():
-    things = (
-        world.Thing("red", "circle", "small", 10, 10, "left", 0.5),
-        world.Thing("blue", "bar", "large", 40, 40),
-    )
-    events = (world.Event("leaves", 1, 8), world.Event("changes colour", 0, 12, "white"))
-    scene = world.Scene(20, things, events)
+    scene = world.Scene(20, THINGS, (world.Event("leaves", 1, 8), world.Event("leaves", 0, 16)))
     asked = questions.ask(scene, np.random.default_rng(0))
     answers = {q.type: q.answer for q in asked}
-    order = {q.text.split()[2]: q.answer for q in asked if q.type == "order"}
-    assert order == {"first:": "the blue bar leaves", "last:": "the red circle changes colour"}
+    assert answers["order"] == "the blue bar"
     assert answers["direction"] == "left"
     assert answers["count"] == "two"
-    assert answers["colour"] == "blue"  # the circle changes its colour, so it is not asked for
     assert questions.caption(scene) == (
-        "A small red circle moves left from top left to top left and a large blue bar stays still "
-        "at centre. "
-        "First the blue bar leaves, then the red circle turns white."
+        # seen last in frame 15, at x = 15
+        "A small red circle moves left from top to top left and a large blue bar stays still at "
+        "centre. First the blue bar leaves, then the red circle leaves."
     )
+
+
+def test_nothing_is_asked_that_has_no_one_answer():
+    ring = world.Thing("green", "ring", "small", 10, 50)
+    changes = (
+        world.Event("changes colour", 0, 8, "white"), world.Event("changes colour", 1, 12, "purple")
+    )  # fmt: skip
+    asked = questions.ask(world.Scene(20, (*THINGS, ring), changes), np.random.default_rng(0))
+    told = {q.text: q.answer for q in asked}
+    assert "What colour is the circle?" not in told and told["What colour is the ring?"] == "green"
+    assert told["Where is the green ring at the end?"] == "bottom left"  # the circle is white then
+    late = world.Scene(20, THINGS, (world.Event("appears", 0, 12), world.Event("appears", 1, 16)))
+    asked = questions.ask(late, np.random.default_rng(0))
+    places = {q.text: q.answer for q in asked if q.type == "place"}
+    assert set(places) < {f"Where is the {thing.name} at the end?" for thing in THINGS}
 
 
 def test_existence_is_balanced_and_true(scenes):

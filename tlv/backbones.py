@@ -1,14 +1,14 @@
 """The two tiny backbones of the toy world, trained from nothing and saved as Hugging Face folders.
 
 A SigLIP-form image encoder with its text tower (sigmoid contrastive loss, arXiv 2303.15343) and a
-Qwen2-form causal language model. Both learn from a corpus of scenes of their own, without the
-held-out pairs. Afterwards they are loaded exactly like `google/siglip-so400m-patch14-384` and
-`Qwen/Qwen2.5-3B`: by a path. Taught in notebook 00.
+Qwen2-form causal language model, both trained on `tlv.corpus`. Afterwards they are loaded exactly
+like `google/siglip-so400m-patch14-384` and `Qwen/Qwen2.5-3B`: by a path. Taught in notebook 00.
 """
 
+import logging
 import math
-import sys
 from concurrent.futures import ProcessPoolExecutor
+from logging.handlers import QueueHandler, QueueListener
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -27,20 +26,15 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tlv import chat, questions, world
+from tlv import chat, corpus, questions, world
+from tlv.isolation import isolate, pad_rows
 
+LOG = logging.getLogger(__name__)
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>", "<video>")
 IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
-WORDS = (*world.SIZES, *world.COLOURS, *world.SHAPES, *world.PLACES)
-PHRASES = (  # the shortest captions
-    *((word,) for word in WORDS),
-    *world.SEEN_PAIRS,
-    *((size, colour) for size in world.SIZES for colour in world.COLOURS),
-)
-CHOICE_SHARE = 0.7  # of the questions in the LLM's corpus: the letters are what is hard
-HARD_TYPES = {"direction": 2.0, "order": 2.0}  # asked so much more often in that corpus
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
+TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
 
@@ -68,24 +62,33 @@ def train_backbones(
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     rng = np.random.default_rng([seed, 0])
-    texts = [chat.render(write_text(rng), template) for _ in range(num_texts)]
-    texts += [questions.frame_caption(facts) for facts in write_frames(rng, num_texts)[1]]
+    lessons = [corpus.write_lesson(rng, i / num_texts) for i in range(num_texts)]
+    texts = [chat.render([turn], template) for turns in lessons for turn in turns]
+    texts += [questions.frame_caption(facts) for facts in corpus.write_frames(rng, num_texts)[1]]
     shared = dict(tokenizer=train_tokenizer(texts), seed=seed, batch_size=batch_size, device=device)
-    with ProcessPoolExecutor(
-        max_workers=2,
-        mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(max(1, torch.get_num_threads() // 2),),
-    ) as pool:
-        vision = pool.submit(
-            train_vision, Path(out_dir) / "vision", num_steps=vision_steps, width=vision_width,
-            num_layers=vision_layers, **shared,
-        )  # fmt: skip
-        llm = pool.submit(
-            train_llm, Path(out_dir) / "llm", num_steps=llm_steps, width=llm_width,
-            num_layers=llm_layers, template=template, **shared,
-        )  # fmt: skip
-        return {"vision": vision.result(), "llm": llm.result()}
+    context, num_threads = get_context("spawn"), max(1, torch.get_num_threads() // 2)
+    lines = context.Queue()  # a notebook's kernel shows twice what another process prints
+    listener = QueueListener(lines, logging.StreamHandler())
+    listener.start()
+    try:
+        with ProcessPoolExecutor(2, context, _start_worker, (num_threads, lines)) as pool:
+            vision = pool.submit(
+                train_vision, Path(out_dir) / "vision", num_steps=vision_steps, width=vision_width,
+                num_layers=vision_layers, **shared,
+            )  # fmt: skip
+            llm = pool.submit(
+                train_llm, Path(out_dir) / "llm", num_steps=llm_steps, width=llm_width,
+                num_layers=llm_layers, template=template, **shared,
+            )  # fmt: skip
+            return {"vision": vision.result(), "llm": llm.result()}
+    finally:
+        listener.stop()
+
+
+def _start_worker(num_threads: int, lines) -> None:
+    torch.set_num_threads(num_threads)
+    LOG.addHandler(QueueHandler(lines))
+    LOG.setLevel(logging.INFO)
 
 
 def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -108,69 +111,6 @@ def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         additional_special_tokens=list(SPECIAL_TOKENS[2:]),
     )
-
-
-def write_text(
-    rng: np.random.Generator, num_things: int | None = None, num_frames: int = 6
-) -> list[tuple[str, str]]:
-    """A text of the language model's corpus: a scene in words, then a question about it.
-
-    Most scenes are told in a caption. The others are told frame by frame, which teaches to compare
-    what is said at different times.
-    """
-    scene = world.sample_scene(rng, num_things=num_things)
-    asked = questions.ask(scene, rng)
-    weights = np.array([HARD_TYPES.get(question.type, 1.0) for question in asked])
-    question = asked[rng.choice(len(asked), p=weights / weights.sum())]
-    text, answer = questions.write_turn(question, rng, CHOICE_SHARE)
-    is_log = rng.random() < 0.3
-    told = questions.frame_log(scene, num_frames) if is_log else questions.caption(scene)
-    return [(f"{told}\n{text}", answer)]
-
-
-def write_retelling(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """A text of that corpus: a scene told frame by frame, then its caption."""
-    scene = world.sample_scene(rng)
-    told = questions.frame_log(scene, 6)
-    return [(f"{told}\n{questions.CAPTION_REQUEST}", questions.caption(scene))]
-
-
-def write_lesson(rng: np.random.Generator, progress: float) -> list[tuple[str, str]]:
-    """A text for a moment of training, `progress` from 0 to 1: the easy ones first.
-
-    Naming the letter of an option is a skill of its own, and from long texts it is not learnt at
-    all: options alone come first, then scenes of one thing, then scenes of any number.
-    """
-    kind = rng.random()
-    if progress < 0.25 or kind < 0.05:
-        return [questions.write_match(rng)]
-    if progress < 0.7:
-        return write_text(rng, num_things=1, num_frames=4)
-    return write_retelling(rng) if kind < 0.2 else write_text(rng)
-
-
-def write_frames(rng: np.random.Generator, count: int, num_things: int | None = None):
-    """Frames for the image encoder, (count, H, W, 3) uint8, and for each the facts it shows."""
-    frames, facts = [], []
-    for _ in range(count):
-        scene = world.sample_scene(rng, num_things=num_things or int(rng.integers(1, 4)))
-        frame = int(rng.integers(scene.num_frames))
-        frames.append(world.render(scene, [frame])[0])
-        facts.append(questions.frame_facts(scene, frame))
-    return np.stack(frames), facts
-
-
-def write_captions(facts) -> tuple[list[str], np.ndarray]:
-    """Captions of a batch of frames, and which are true of which: (captions, frames) bool.
-
-    One caption of each frame tells all. Beside them stand the shortest captions there are, single
-    words such as "ring" or "top left", each true of many frames. From these the encoder learns in
-    a few hundred steps what it would otherwise have to untangle from whole captions.
-    """
-    captions = [questions.frame_caption(one) for one in facts]
-    truth = [[caption == other for other in captions] for caption in captions]
-    truth += [[any(set(p) <= set(fact) for fact in one) for one in facts] for p in PHRASES]
-    return captions + [" ".join(phrase) for phrase in PHRASES], np.array(truth)
 
 
 def to_pixels(frames: np.ndarray, size: int = IMAGE_SIZE) -> torch.Tensor:
@@ -226,16 +166,16 @@ def train_vision(
     losses = []
     for step, optimizer in _steps(model, num_steps, lr):
         # One thing at a time first: what a word means is plain then. Later, how things combine.
-        frames, facts = write_frames(rng, batch_size, 1 if step < num_steps // 5 else None)
-        captions, truth = write_captions(facts)
+        frames, facts = corpus.write_frames(rng, batch_size, 1 if step < num_steps // 5 else None)
+        captions, truth = corpus.write_captions(facts)
         ids = _tokenize(tokenizer, captions).to(device)  # (captions, L)
         out = model(input_ids=ids, pixel_values=to_pixels(frames).to(device))
         same = torch.from_numpy(truth).to(device)  # (captions, B)
         whole, words = (
             siglip_loss(out.image_embeds, text, model.logit_scale, model.logit_bias, part)
             for text, part in zip(
-                out.text_embeds.split([batch_size, len(PHRASES)]),
-                same.split([batch_size, len(PHRASES)]),
+                out.text_embeds.split([batch_size, len(corpus.PHRASES)]),
+                same.split([batch_size, len(corpus.PHRASES)]),
                 strict=True,
             )
         )
@@ -244,7 +184,7 @@ def train_vision(
         if step % 100 == 0 or step == num_steps - 1:
             best = (out.text_embeds @ out.image_embeds.T)[:batch_size].argmax(1)
             hit = same[torch.arange(batch_size), best].float().mean()
-            _say(f"vision step {step}: loss {losses[-1]:.3f}, a right image first: {hit:.2f}")
+            LOG.info(f"vision step {step}: loss {losses[-1]:.3f}, a right image first: {hit:.2f}")
     processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     for part in (model, processor, tokenizer):
         part.save_pretrained(Path(out_dir))
@@ -285,15 +225,17 @@ def train_llm(
     model.model.embed_tokens.weight.data.normal_(std=0.7)
     losses = []
     for step, optimizer in _steps(model, num_steps, lr, hold=0.6):
-        texts = [write_lesson(rng, step / num_steps) for _ in range(batch_size)]
-        rows = [chat.encode(turns, template, tokenizer) for turns in texts]
+        lessons = [corpus.write_lesson(rng, step / num_steps) for _ in range(batch_size // 4)]
+        rows = [
+            isolate([chat.encode([turn], template, tokenizer) for turn in turns])
+            for turns in lessons
+        ]
         rows.sort(key=lambda row: len(row["input_ids"]))  # short ones together: less padding
-        halves = rows[: batch_size // 2], rows[batch_size // 2 :]
-        parts = [_answer_nll(model, half, device) for half in halves]
-        loss = sum(nll for nll, _ in parts) / sum(count for _, count in parts)
-        losses.append(_update(model, optimizer, loss))
+        half = len(rows) // 2
+        parts = rows[:half], rows[half:]
+        losses.append(_update(model, optimizer, _text_loss(model, parts)))
         if step % 100 == 0 or step == num_steps - 1:
-            _say(f"llm step {step}: loss {losses[-1]:.3f}")
+            LOG.info(f"llm step {step}: loss {losses[-1]:.3f}")
     model.save_pretrained(Path(out_dir))
     tokenizer.save_pretrained(Path(out_dir))
     return losses
@@ -321,29 +263,30 @@ def measure_reading(
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
-def _answer_nll(model, rows, device):
-    """Sum of -log p over the answer tokens of some rows, and their number."""
-    # Right padding needs no mask: no label looks at it. Its own id does not matter.
-    ids, labels = (
-        pad_sequence(
-            [torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=fill
-        ).to(device)  # (B, L)
-        for key, fill in (("input_ids", 0), ("labels", chat.IGNORE_INDEX))
-    )
-    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)  # (B * (L - 1), V)
-    targets = labels[:, 1:].flatten()  # (B * (L - 1),)
-    nll = F.cross_entropy(logits, targets, ignore_index=chat.IGNORE_INDEX, reduction="sum")
-    return nll, (targets != chat.IGNORE_INDEX).sum()
+def _text_loss(model, parts) -> torch.Tensor:
+    """Mean -log p of the answers, and at half the weight of the text that they are about."""
+    sums = counts = torch.zeros(2, device=model.device)  # answers, texts
+    for rows in parts:
+        batch = {key: value.to(model.device) for key, value in pad_rows(rows, 0).items()}
+        targets = batch.pop("labels")[:, 1:]  # (R, L - 1)
+        shared = torch.tensor([row["segments"].count(0) for row in rows], device=model.device)
+        is_answer = targets != chat.IGNORE_INDEX
+        is_text = torch.arange(targets.shape[1], device=model.device) + 1 < shared[:, None]
+        hidden = model.model(**batch).last_hidden_state[:, :-1]  # (R, L - 1, D)
+        pairs = (is_answer, targets), (is_text, batch["input_ids"][:, 1:])
+        nll = [
+            F.cross_entropy(model.lm_head(hidden[chosen]), truth[chosen], reduction="sum")
+            for chosen, truth in pairs
+        ]
+        sums = sums + torch.stack(nll)
+        counts = counts + torch.stack([is_answer.sum(), is_text.sum()])
+    return (sums / counts.clamp(min=1)) @ sums.new_tensor([1.0, TEXT_WEIGHT])
 
 
 def _tokenize(tokenizer, captions):
     return tokenizer(
         captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
-
-
-def _say(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 def _steps(model, num_steps, lr, hold: float = 0.0):
@@ -372,8 +315,8 @@ def _update(model, optimizer, loss) -> float:
 @torch.no_grad()
 def measure_retrieval(model, tokenizer, *, seed: int, num_images: int) -> dict:
     """Share of captions whose image scores highest among fresh ones: `top1`, and `top5`."""
-    frames, facts = write_frames(np.random.default_rng([seed, 4]), num_images)
-    captions, truth = (part[:num_images] for part in write_captions(facts))
+    frames, facts = corpus.write_frames(np.random.default_rng([seed, 4]), num_images)
+    captions, truth = (part[:num_images] for part in corpus.write_captions(facts))
     ids = _tokenize(tokenizer, captions).to(model.device)
     out = model(input_ids=ids, pixel_values=to_pixels(frames).to(model.device))
     same = torch.from_numpy(truth).to(model.device)  # (B, B)

@@ -21,6 +21,7 @@ from tlv.chat import (
     with_video,
 )
 from tlv.config import ConfigError, load_json
+from tlv.isolation import isolate, pad_rows
 from tlv.video import VideoError, read_image
 from tlv.vision import count_patches
 
@@ -149,7 +150,7 @@ class VideoTextDataset(Dataset):
             conversations = [[(with_video(q) if is_visual else q, a)] for q, a in turns]
         rows = [encode(c, self.template, self.tokenizer, num_tokens) for c in conversations]
         if self.turns == "isolated":
-            rows = [isolate(rows, self.config.video_token_id)]
+            rows = [isolate(rows)]
         for row in rows:
             check_row(row, self.config.max_seq_len)
         return rows
@@ -172,40 +173,6 @@ class VideoTextDataset(Dataset):
         row = encode([(VIDEO_TOKEN, "")], self.template, self.tokenizer, num_tokens)
         return {"id": "", "clip": clip,
                 "rows": [{**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}]}
-
-
-def isolate(rows: list[dict], placeholder: int) -> dict:
-    """Rows that begin alike, up to the end of their clip, as one row in which no turn sees another.
-
-    Beside input_ids and labels it holds, for each token, `segments` (0: the shared beginning,
-    k: turn k) and `positions`, those that the token had in its own row.
-    """
-    ids = rows[0]["input_ids"]
-    start = max((i + 1 for i, token in enumerate(ids) if token == placeholder), default=0)
-    row = {"input_ids": ids[:start], "labels": rows[0]["labels"][:start],
-           "segments": [0] * start, "positions": list(range(start))}
-    for number, one in enumerate(rows, start=1):
-        if one["labels"][start] != IGNORE_INDEX:
-            raise BadRow("an answer follows the clip at once, without a question; "
-                         "turns = isolated needs one")
-        length = len(one["input_ids"])
-        row["input_ids"] += one["input_ids"][start:]
-        row["labels"] += one["labels"][start:]
-        row["segments"] += [number] * (length - start)
-        row["positions"] += range(start, length)
-    return row
-
-
-def isolation_mask(segments: torch.Tensor) -> torch.Tensor:
-    """segments (R, L), -1 where padded -> which token may look at which, (R, 1, L, L) bool.
-
-    Backwards only, at the own turn and at the shared beginning. Padding looks at itself: a token
-    that may look at nothing gives NaN.
-    """
-    own, other = segments[:, None, :, None], segments[:, None, None, :]
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()  # (L, L)
-    return causal & ((own == other) | (other == 0))  # (R, 1, L, L)
 
 
 class BadRow(ValueError):
@@ -292,23 +259,10 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
         if item["clip"] is not None:
             video_index += [len(clips)] * len(item["rows"])
             clips.append(item["clip"])
-    length = max(len(row["input_ids"]) for row in rows)
-
-    def pad(values, fill):
-        return torch.tensor([list(v) + [fill] * (length - len(v)) for v in values])  # (R, L)
-
     if len({clip.shape for clip in clips}) == 1:
         clips = torch.stack(clips)
-    if any("segments" in row for row in rows):
-        segments = pad([row.get("segments", [0] * len(row["input_ids"])) for row in rows], -1)
-        positions = [row.get("positions", range(len(row["input_ids"]))) for row in rows]
-        look = {"attention_mask": isolation_mask(segments), "position_ids": pad(positions, 0)}
-    else:
-        look = {"attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0)}
     return {
-        "input_ids": pad([row["input_ids"] for row in rows], pad_id),
-        "labels": pad([row["labels"] for row in rows], IGNORE_INDEX),
-        **look,
+        **pad_rows(rows, pad_id),
         "clips": clips,
         "clip_key": clip_key,
         "video_index": torch.tensor(video_index),

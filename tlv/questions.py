@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tlv.world import COLOURS, DIRECTIONS, SEEN_PAIRS, SHAPES, SIZES, Scene, place_name
+from tlv.world import COLOURS, DIRECTIONS, PLACES, SEEN_PAIRS, SHAPES, SIZES, Scene, place_name
 
-TYPES = ("colour", "shape", "size", "direction", "order", "count", "existence")
+HARD_TYPES = ("direction", "order")  # a single frame does not tell
+TYPES = ("colour", "shape", "size", "place", "direction", "order", "count", "existence")
 NUMBERS = ("one", "two", "three")
 CAPTION_REQUEST = "Describe the video."
 LETTERS = "ABCD"
@@ -33,7 +34,7 @@ def event_text(scene: Scene, event) -> str:
 
 def caption(scene: Scene) -> str:
     """Two sentences at most: who moves where, and what happens in which order."""
-    parts = [f"a {thing.size} {thing.name} {_motion(scene, thing)}" for thing in scene.things]
+    parts = [f"a {t.size} {t.name} {_motion(scene, i)}" for i, t in enumerate(scene.things)]
     text = f"{_join(parts)}."
     if scene.events:
         told = []
@@ -69,13 +70,22 @@ def frame_log(scene: Scene, num_frames: int) -> str:
 def ask(scene: Scene, rng: np.random.Generator, pairs=SEEN_PAIRS) -> list[Question]:
     """Every kind of question that this scene allows, in a fixed order of kinds.
 
-    One of each, but two of order (first, last) and two of existence (there, not there).
-
+    One of each, but two of place (at the start, at the end) and of existence (there, not there).
     `pairs` are the shape-colour pairs that the absent object may have.
     """
-    kinds = (_colour, _shape, _size, _direction, _first, _last, _count, _presence)
+    kinds = (_colour, _shape, _size, _start, _end, _direction, _order, _count, _presence)
     found = [make(scene, rng) for make in kinds]
     found.append(_absence(scene, rng, pairs))
+    return [question for question in found if question]
+
+
+def ask_pairs(scene: Scene) -> list[Question]:
+    """What goes together at the start of a scene without events: of every thing its colour, shape,
+    size and place."""
+    every = range(len(scene.things))
+    found = [_colour_of(scene, i) for i in every] + [_shape_of(scene, i) for i in every]
+    found += [_size_of(thing) for thing in scene.things]
+    found += [_place_of(thing, 0, "start") for thing in scene.things]
     return [question for question in found if question]
 
 
@@ -92,12 +102,12 @@ def as_choice(question: Question, rng: np.random.Generator) -> tuple[str, str, l
 def write_turns(scene: Scene, rng: np.random.Generator, choice_share: float = 0.5):
     """Every question that the scene allows, in random order, some as multiple choice.
 
-    Those of order come in both forms, since only scenes with events have them. Returns turns
-    (question, answer), as they stand in a conversation.
+    The hard ones come in both forms. Returns turns (question, answer), as they stand in a
+    conversation.
     """
     turns = []
     for question in ask(scene, rng):
-        shares = (0.0, 1.0) if question.type == "order" else (choice_share,)
+        shares = (0.0, 1.0) if question.type in HARD_TYPES else (choice_share,)
         turns += [write_turn(question, rng, share) for share in shares]
     return [turns[i] for i in rng.permutation(len(turns))]
 
@@ -127,8 +137,11 @@ def _place(thing, frame) -> str:
     return place_name(*(float(v) for v in thing.position(frame)))
 
 
-def _motion(scene, thing) -> str:
-    start, end = _place(thing, 0), _place(thing, scene.num_frames - 1)
+def _motion(scene, index: int) -> str:
+    """From where to where, as far as it can be seen."""
+    thing = scene.things[index]
+    seen = np.flatnonzero(scene.is_visible(index, np.arange(scene.num_frames)))
+    start, end = _place(thing, seen[0]), _place(thing, seen[-1])
     if thing.direction is None:
         return f"stays still at {start}"
     return f"moves {thing.direction} from {start} to {end}"
@@ -144,32 +157,67 @@ def _plain(scene: Scene) -> list:
 
 
 def _colour(scene, rng):
-    shapes = [t.shape for t in scene.things]
-    thing = _pick(rng, [t for t in _plain(scene) if shapes.count(t.shape) == 1])
-    if thing:
-        return Question(
-            "colour", f"What colour is the {thing.shape}?", thing.colour, tuple(COLOURS)
-        )
+    found = [_colour_of(scene, i) for i in range(len(scene.things))]
+    return _pick(rng, [question for question in found if question])
 
 
 def _shape(scene, rng):
+    found = [_shape_of(scene, i) for i in range(len(scene.things))]
+    return _pick(rng, [question for question in found if question])
+
+
+def _colour_of(scene, index):
+    """None where the shape does not say which thing is meant, or the colour changes."""
+    thing = scene.things[index]
+    if thing in _plain(scene) and [t.shape for t in scene.things].count(thing.shape) == 1:
+        text = f"What colour is the {thing.shape}?"
+        return Question("colour", text, thing.colour, tuple(COLOURS))
+
+
+def _shape_of(scene, index):
+    """None where the colour does not say which thing is meant, at all times."""
+    thing = scene.things[index]
     colours = [c for i in range(len(scene.things)) for c in scene.colours_of(i)]
-    thing = _pick(rng, [t for t in _plain(scene) if colours.count(t.colour) == 1])
-    if thing:
+    if thing in _plain(scene) and colours.count(thing.colour) == 1:
         return Question("shape", f"What shape is the {thing.colour} object?", thing.shape, SHAPES)
 
 
 def _size(scene, rng):
-    thing = _pick(rng, list(scene.things))
+    return _size_of(_pick(rng, list(scene.things)))
+
+
+def _size_of(thing):
     return Question("size", f"How large is the {thing.name}?", thing.size, tuple(SIZES))
 
 
+def _start(scene, rng):
+    return _place_at(scene, rng, 0, "start")
+
+
+def _end(scene, rng):
+    return _place_at(scene, rng, scene.num_frames - 1, "end")
+
+
+def _place_at(scene, rng, frame, word):
+    shown = [
+        thing
+        for i, thing in enumerate(scene.things)
+        if scene.is_visible(i, frame) and scene.colour_at(i, frame) == thing.colour
+    ]
+    return _place_of(_pick(rng, shown), frame, word) if shown else None
+
+
+def _place_of(thing, frame, word):
+    text = f"Where is the {thing.name} at the {word}?"
+    return Question("place", text, _place(thing, frame), PLACES)
+
+
 def _direction(scene, rng):
-    frames = np.arange(scene.num_frames)
+    frames, plain = np.arange(scene.num_frames), _plain(scene)
     movers = [
         thing
         for i, thing in enumerate(scene.things)
-        if thing.direction and scene.is_visible(i, frames).mean() > 0.4
+        if thing.direction and thing in plain and scene.is_visible(i, frames).mean() > 0.4
     ]
     thing = _pick(rng, movers)
     if thing:
@@ -177,20 +225,12 @@ def _direction(scene, rng):
         return Question("direction", text, thing.direction, tuple(DIRECTIONS))
 
 
-def _first(scene, rng):
-    return _order(scene, rng, "first", 0)
-
-
-def _last(scene, rng):
-    return _order(scene, rng, "last", -1)
-
-
-def _order(scene, rng, word, place):
+def _order(scene, rng):
     if scene.events:
-        told = [event_text(scene, event) for event in scene.events]
-        named = [told[i] for i in rng.permutation(2)]
-        text = f"Which happens {word}: {named[0]} or {named[1]}?"
-        return Question("order", text, told[place], tuple(named))
+        first, second = (f"the {scene.things[event.thing].name}" for event in scene.events)
+        named = (first, second) if rng.random() < 0.5 else (second, first)
+        text = f"Which {scene.events[0].kind} first, {named[0]} or {named[1]}?"
+        return Question("order", text, first, named)
 
 
 def _count(scene, rng):

@@ -33,7 +33,7 @@ PLACES = (
     "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
     "bottom right",
 )  # fmt: skip
-NUM_THINGS_SHARES = (0.5, 0.35, 0.15)  # of the scenes with one, two and three things
+NUM_THINGS_SHARES = (0.55, 0.35, 0.1)  # of the scenes with one, two and three things
 EVENTS = ("appears", "leaves", "changes colour")
 
 # Shape-colour pairs that no training clip and no backbone ever sees: the test of composition.
