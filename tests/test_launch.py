@@ -80,7 +80,10 @@ def test_an_interrupt_stops_the_ranks(tmp_path):
             "from pathlib import Path; import os; from tlv.launch import _run\n"
             "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
             f"_run([sys.executable, '-c', child], dict(os.environ), Path({str(tmp_path)!r}) / 'l')")
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    # A job that a shell started in the background ignores interrupts, and so would its children.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                              preexec_fn=heed)
     child = int(parent.stderr.readline())
     assert is_alive(child)
     parent.send_signal(signal.SIGINT)
