@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from tlv.connectors import CONNECTORS, build_connector, group_sizes, position_encoding
+from tlv.connectors import CONNECTORS, build_connector
+from tlv.resamplers import group_sizes, position_encoding
 
-SIZES = dict(vision_width=48, llm_width=64, num_queries=32, num_groups=4, num_layers=2)
+SIZES = dict(vision_width=48, llm_width=64, num_queries=32, num_groups=4, num_layers=2, width=32,
+             vision_widths=(32, 16), patches_per_frame=4)
+SPECIAL = {"identity": dict(llm_width=48), "mean_pool": dict(num_queries=16)}
+NAMES = [name.replace("{N}", "3") for name in CONNECTORS]
 
 
 def build(name, **changes):
-    return build_connector(name, **{**SIZES, **changes}).eval()
+    return build_connector(name, **{**SIZES, **SPECIAL.get(name, {}), **changes}).eval()
 
 
 def fill(module):
@@ -114,12 +118,12 @@ def test_one_group_is_the_naive_resampler_but_for_the_positions(x):
     assert torch.allclose(group(x) - position_encoding(32, 64), naive(x), atol=2e-6)
 
 
-@pytest.mark.parametrize("name", CONNECTORS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_padded_clips_equal_single_clips(name):
     """Clips of unequal length in one call give what each gives alone, whatever the padding is."""
     torch.manual_seed(0)
-    connector, lengths = build(name), [30, 32, 7, 3]
+    connector, lengths = build(name), [28, 32, 8, 4]
     x = torch.randn(4, 32, 48) * 3
     y = connector(x, lengths)
     for row, length in enumerate(lengths):
@@ -155,17 +159,103 @@ def test_state_dict_names_and_paper_size_counts():
     assert state == wanted and len(state) == 38
 
 
-def test_every_parameter_of_a_resampler_learns():
-    for name in ("group_resampler", "naive_resampler"):
-        connector = build(name)
-        connector(torch.randn(2, 16, 48)).square().sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
+@torch.no_grad()
+def test_padded_groups_of_unequal_length_equal_single_clips():
+    torch.manual_seed(0)
+    connector, lengths, x = build("group_resampler"), [30, 32, 7, 3], torch.randn(4, 32, 48)
+    for row, length in enumerate(lengths):
+        alone = connector(x[row : row + 1, :length])[0]
+        assert torch.allclose(connector(x, lengths)[row], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_every_parameter_learns(name):
+    torch.manual_seed(0)
+    connector = build(name)
+    connector(torch.randn(2, 16, 48)).square().sum().backward()
+    silent = {k for k, p in connector.named_parameters() if p.grad is None or not p.grad.any()}
+    # all latents of a Q-Former are alike to a key's bias: softmax takes it out
+    assert {k for k in silent if not k.endswith("key.bias")} == set()
+
+
+SIZES_OF = {  # (encoder, LLM): vision_width, llm_width
+    "CLIP -> TinyLlama": dict(vision_width=1024, llm_width=2048),
+    "SigLIP -> Phi-2": dict(vision_width=1152, llm_width=2560),
+}
+FACTORY = dict(num_queries=128, num_groups=1)
+BENCH = dict(FACTORY, num_layers=3, num_heads=12, width=768)
+
+
+@pytest.mark.parametrize(
+    "name, pair, sizes, wanted",
+    [
+        ("identity", "CLIP -> TinyLlama", dict(llm_width=1024), 0),
+        ("linear", "CLIP -> TinyLlama", {}, 2_099_200),
+        ("linear", "SigLIP -> Phi-2", {}, 2_951_680),
+        ("mlp2x_gelu", "CLIP -> TinyLlama", {}, 6_295_552),
+        ("mlp2x_gelu", "SigLIP -> Phi-2", {}, 9_507_840),
+        ("mlp4x_gelu", "CLIP -> TinyLlama", {}, 2_099_200 + 3 * 4_196_352),
+        ("resampler", "CLIP -> TinyLlama", dict(FACTORY, num_layers=3), 115_648_512),
+        ("resampler", "SigLIP -> Phi-2", dict(FACTORY, num_layers=3), 176_345_600),
+        ("bench_resampler", "CLIP -> TinyLlama", BENCH, 24_115_968),
+        # 12 x (self-attention 2,363,904 + feed-forward 4,723,968) + 6 x cross-attention 2,757,120
+        # + queries 98,304 + first norm 1,536 + matrix 1,574,912
+        ("qformer", "CLIP -> TinyLlama", dict(BENCH, num_layers=12), 103_271_936),
+        ("mof_mlp", "CLIP -> TinyLlama", dict(vision_widths=(1024, 1024)), 2 * 6_295_552),
+    ],
+)
+def test_parameter_counts_of_the_published_sizes(name, pair, sizes, wanted):
+    with torch.device("meta"):
+        connector = build_connector(name, **{**SIZES, **SIZES_OF[pair], **sizes})
+    assert sum(p.numel() for p in connector.parameters()) == wanted
+
+
+@torch.no_grad()
+def test_as_many_frames_as_groups_make_a_frame_resampler_a_group_resampler(x):
+    frames, groups = fill(build("frame_resampler")), fill(build("group_resampler"))
+    assert torch.equal(frames(x[:, :16]), groups(x[:, :16]))  # 4 frames of 4 patches, 4 groups
+    assert frames.num_tokens(28) == 7 * 8 and groups.num_tokens(28) == 32
+
+
+@torch.no_grad()
+def test_mean_pool_is_the_mean_over_time_and_places(x):
+    over_time = build("mean_pool", num_queries=4, num_groups=1)
+    wanted = over_time.linear(x[0, :28].unflatten(0, (7, 4)).mean(0))  # (N, D)
+    assert torch.allclose(over_time(x[:, :28])[0], wanted, atol=1e-6)
+    over_all = build("mean_pool", num_queries=1, num_groups=1)
+    assert torch.allclose(over_all(x[:, :28])[0, 0], over_all.linear(x[0, :28].mean(0)), atol=1e-6)
+
+
+@torch.no_grad()
+def test_mof_deals_out_two_encoders_in_turn(x):
+    connector = build("mof_mlp")
+    first, second = connector.mlps
+    y = connector(x)[0]
+    assert torch.equal(y[0::2], first(x[0, :, :32])) and torch.equal(y[1::2], second(x[0, :, 32:]))
+
+
+@torch.no_grad()
+def test_factory_resampler_is_naive_without_positions(x):
+    plain, naive = fill(build("resampler")), fill(build("naive_resampler"))
+    assert (plain(x) - naive(x)).abs().max() > 0.1
+    naive.positions = lambda media: 0.0
+    assert torch.equal(plain(x), naive(x))
 
 
 def test_bad_connectors_are_refused():
     with pytest.raises(ValueError, match="num_queries = 30 .* num_groups = 4"):
         build("group_resampler", num_queries=30)
-    with pytest.raises(ValueError, match="'mlp' is unknown; known are linear, mlp2x_gelu, naive"):
+    with pytest.raises(ValueError, match="'mlp' is unknown; known are identity, linear, mlp{N}x_g"):
         build("mlp")
+    with pytest.raises(ValueError, match="unknown"):
+        build("mlp0x_gelu")
+    with pytest.raises(ValueError, match="'identity' needs an encoder as wide .* 48 and 64 wide"):
+        build("identity", llm_width=64)
+    with pytest.raises(ValueError, match="'mof_mlp' needs a mixture of two encoders"):
+        build("mof_mlp", vision_widths=())
+    with pytest.raises(ValueError, match="num_queries / num_groups = 8; take a square number"):
+        build("mean_pool", num_queries=32)
+    with pytest.raises(ValueError, match="square grid of patches, but a frame has 37"):
+        build("mean_pool", patches_per_frame=37)
     with pytest.raises(ValueError, match="'bfloat16' is unknown; known are float16, float32"):
         build("naive_resampler", position_dtype="bfloat16")

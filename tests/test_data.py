@@ -16,11 +16,8 @@ from tlv.data import (
     TooManyBadSamples,
     VideoTextDataset,
     collate,
-    epoch_order,
     load_samples,
     make_loader,
-    rank_batches,
-    sample_stream,
 )
 
 
@@ -38,36 +35,6 @@ def make(world, tiny):
         return VideoTextDataset(samples, world, *tiny, **options)
 
     return build
-
-
-# ---- order ----------------------------------------------------------------------------------
-
-
-def test_an_epoch_visits_everything_in_an_order_of_its_own():
-    first, second = epoch_order(50, 3, 0), epoch_order(50, 3, 1)
-    assert sorted(first) == sorted(second) == list(range(50))
-    assert list(first) != list(second) != list(epoch_order(50, 4, 1))
-    assert list(first) == list(epoch_order(50, 3, 0))
-
-
-def test_the_stream_is_the_epochs_one_after_the_other():
-    stream = sample_stream(7, 1, 0, 21)
-    assert list(stream) == [i for e in range(3) for i in epoch_order(7, 1, e)]
-    assert list(sample_stream(7, 1, 5, 16)) == list(stream[5:16])
-    assert len(sample_stream(7, 1, 0, 0)) == 0
-
-
-def test_ranks_and_accumulation_share_the_same_global_batches():
-    stream = sample_stream(40, 0, 0, 24)
-    one = rank_batches(stream, 2, 0, 1)  # 12 micro-batches
-    for world_size in (2, 4):
-        ranks = [rank_batches(stream, 2, r, world_size) for r in range(world_size)]
-        assert [b for together in zip(*ranks, strict=True) for b in together] == one
-
-
-def test_every_rank_gets_equally_many_micro_batches_even_if_some_are_empty():
-    ranks = [rank_batches(range(5), 2, r, 4) for r in range(4)]
-    assert ranks == [[[0, 1]], [[2, 3]], [[4]], [[]]]
 
 
 # ---- samples --------------------------------------------------------------------------------

@@ -23,14 +23,8 @@ from transformers import (
 )
 
 from tlv.chat import IGNORE_INDEX, encode, render
-from tlv.model import (
-    TlvConfig,
-    TlvForConditionalGeneration,
-    build_model,
-    count_parameters,
-    load_model,
-    paper_config,
-)
+from tlv.designs import count_parameters, paper_config
+from tlv.model import TlvConfig, TlvForConditionalGeneration, build_model, load_model
 from tlv.pretrained import ModelFolderError
 from tlv.vision import count_unseen, encode_frames, load_vision_encoder
 

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from toy_manifest import make_world
 
-from tlv import ROOT, chat, notebooks
+from tlv import ROOT, ask, chat, notebooks
 from tlv.config import LaunchConfig, TrainConfig, build, load_json, load_params, resolve
 from tlv.data import VideoTextDataset, load_samples
 from tlv.launch import command, launch
-from tlv.model import load_model
+from tlv.model import build_model, load_model
 from tlv.recipes import count_warmup_steps, learning_rate, set_trainable
 from tlv.runlog import read_log
 from tlv.stage import load_stage_params
@@ -93,7 +93,7 @@ def test_the_launch_command_starts_four_ranks_on_one_machine():
         "tlv.train", "config.json"]
 
 
-@pytest.mark.parametrize("preset", ["tiny", "gpu", "paper"])
+@pytest.mark.parametrize("preset", ["tiny", "gpu", "paper", "own"])
 @pytest.mark.parametrize("name", STAGES)
 def test_every_preset_gives_settings_that_the_trainer_takes(name, preset):
     config = settings(name, preset)
@@ -131,6 +131,31 @@ def test_both_stages_run_three_steps_as_the_preset_says(paper_model, tmp_path, m
         final = launch(config, dataclasses.replace(ranks(), num_ranks=num_ranks))
         check_run(config, num_ranks, Path(model_dir), final)
         model_dir = final
+
+
+@pytest.mark.slow
+def test_the_own_preset_tunes_adapters_on_one_device(vision_dir, llm_dir, tmp_path, monkeypatch):
+    """Any encoder and LLM, here small random folders: both stages, then a question."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    values = load_params(ROOT / "params/own/02_architecture.yaml")
+    fields = {key: value for key, value in values.items() if key not in ("seed", "world_dir")}
+    fields |= dict(num_queries=8, num_groups=4, num_frames=4, max_seq_len=512)
+    model_dir = tmp_path / "start"
+    for part in build_model(vision_dir, llm_dir, **fields):
+        part.save_pretrained(model_dir)
+    world = make_world(tmp_path / "world", 4)
+    for name in STAGES:
+        config = dataclasses.replace(
+            settings(name, "own"), model_dir=str(model_dir), data=str(world / "data.json"),
+            videos_dir=str(world), out_dir=str(tmp_path / name), num_steps=2, num_epochs=None,
+            micro_batch_size=1, grad_accum_steps=2, num_workers=0, num_threads=1, device="cpu")
+        assert (config.lora, config.lora_rank, config.lora_alpha) == (
+            (("llm",), 128, 256.0) if name == "04_sft" else ((), 128, 256.0))
+        one = build(LaunchConfig, load_params(ROOT / "params/own/launch.yaml"))
+        model_dir = launch(config, one)
+    assert (tmp_path / "04_sft/adapter/adapter_config.json").is_file()
+    told = ask.ask(world / "0.mp4", "What happens?", model_dir, max_new_tokens=4)
+    assert "frames looked at: 4 of 6" in told
 
 
 def check_run(config: TrainConfig, num_ranks: int, start: Path, final: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv.chat import render
@@ -31,6 +32,34 @@ def test_golden_pixels(tokenizer):
     small = Image.fromarray(frame).resize((384, 384), Image.Resampling.BICUBIC)
     by_hand = (torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255.0 - 0.5) / 0.5
     assert torch.allclose(pixels[0], by_hand, atol=1e-6)
+
+
+CLIP = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+@pytest.mark.parametrize("shape", [(40, 56), (56, 40), (20, 31), (33, 33)])
+def test_modes_equal_the_published_preprocessing(shape, tokenizer):
+    """CLIP's own processor crops, SigLIP's squashes; pad is TinyLLaVA's expand-to-square."""
+    frame = np.random.RandomState(1).randint(0, 256, (*shape, 3)).astype(np.uint8)
+    clip = CLIPImageProcessorPil(**CLIP)
+    ours = TlvProcessor(clip, tokenizer, image_mode="crop").process_frames(frame[None])
+    assert torch.equal(ours, clip(images=frame, return_tensors="pt").pixel_values)
+    siglip = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    ours = TlvProcessor(siglip, tokenizer).process_frames(frame[None])
+    assert torch.equal(ours, siglip(images=frame, return_tensors="pt").pixel_values)
+    side = max(shape)
+    canvas = np.empty((side, side, 3), np.uint8)
+    canvas[:] = [int(mean * 255) for mean in clip.image_mean]
+    top, left = (side - shape[0]) // 2, (side - shape[1]) // 2
+    canvas[top : top + shape[0], left : left + shape[1]] = frame
+    ours = TlvProcessor(clip, tokenizer, image_mode="pad").process_frames(frame[None])
+    wanted = clip(images=canvas, return_tensors="pt").pixel_values  # a square: nothing is cut
+    assert torch.equal(ours, wanted)
+
+
+def test_an_unknown_image_mode_lists_the_known_ones(tokenizer):
+    with pytest.raises(ValueError, match="'anyres' is unknown; known are square, pad, crop"):
+        TlvProcessor(CLIPImageProcessorPil(**CLIP), tokenizer, image_mode="anyres")
 
 
 def test_wrong_frames_are_refused(processor):

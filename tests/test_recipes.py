@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
+from tlv.config import TrainConfig, build
+from tlv.designs import make_design, paper_config
+from tlv.lora import add_adapters
+from tlv.model import TlvForConditionalGeneration
 from tlv.recipes import (
+    RECIPES,
     count_warmup_steps,
     learning_rate,
     parameter_groups,
@@ -65,3 +70,60 @@ def test_the_schedule_reaches_its_peak_and_ends_near_zero():
     rates = [learning_rate(s, 100, 3, 1.0) for s in range(100)]
     assert max(rates) == rates[3] == 1.0 and rates[0] == 0.0 and rates[-1] < 1e-3
     assert learning_rate(0, 1, 0, 1.0) == 1.0  # one step, no warm-up
+
+
+# ---- census ---------------------------------------------------------------------------------
+
+STAGES = [(recipe, stage) for recipe, stages in RECIPES.items() for stage in stages]
+PATHS = dict(model_dir="m", data="d", videos_dir="v", out_dir="o", num_steps=1)
+QWEN, ADAPTERS = 3_085_938_688, 36 * 128 * (2 * 2048 + 2 * (2048 + 256) + 2 * 2048
+                                            + 3 * (2048 + 11_008))  # fmt: skip
+# of the encoder, layers 12 to 25 of 0 to 26: the last one is not seen
+VISION = {("share", "pretrain_share"): 14 * 15_239_504}
+LLM = {"pretrain": 0, "pretrain_share": QWEN, "sft": QWEN}
+
+
+@pytest.mark.parametrize("recipe, stage", STAGES)
+def test_what_each_recipe_trains_at_the_published_size(recipe, stage):
+    """The census of every recipe and stage, on TinyLLaVA-Video's encoder, connector and LLM."""
+    config = build(TrainConfig, PATHS | RECIPES[recipe][stage])
+    with torch.device("meta"):
+        model = TlvForConditionalGeneration(paper_config())
+        if config.lora:
+            add_adapters(model, config.lora, rank=config.lora_rank, alpha=config.lora_alpha,
+                         dropout=config.lora_dropout)  # fmt: skip
+    counts = set_trainable(model, config.trainable, config.lora, config.vision_from)
+    wanted = ADAPTERS if config.lora else LLM[stage]
+    assert counts == {"connector": 115_714_048, "llm": wanted,
+                      "vision": VISION.get((recipe, stage), 0)}  # fmt: skip
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(".lora_" in n for n in trained if n.startswith("language_model.")) or not config.lora
+    layers = {int(n.split("layers.")[1].split(".")[0]) for n in trained if "vision_enc" in n}
+    assert layers == (set(range(12, 26)) if wanted and recipe == "share" and stage != "sft"
+                      else set())  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14-336", "facebook/dinov2-large",
+                                  "CLIP + DINOv2"])
+def test_other_encoders_are_partly_tuned_too(name):
+    with torch.device("meta"):
+        design = make_design(name, "Qwen/Qwen2-0.5B", connector_type="linear")
+        model = TlvForConditionalGeneration(design)
+    part, whole = (set_trainable(model, ("vision",), (), share)["vision"] for share in (12 / 27, 0))
+    assert 0 < part < whole < sum(p.numel() for p in model.vision_encoder.parameters())
+
+
+def test_every_trained_parameter_of_the_encoder_gets_a_gradient(tiny):
+    model, _ = tiny
+    for share in (0.0, 12 / 27):
+        set_trainable(model, ("vision",), (), share)
+        model.zero_grad()
+        model.vision_features(torch.randn(1, 3, 16, 16)).square().sum().backward()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert trained and all(p.grad is not None for p in trained.values())
+        assert any("embeddings" in n for n in trained) == (share == 0)
+
+
+def test_a_part_with_nothing_left_to_train_is_refused(tiny):
+    with pytest.raises(ValueError, match="'vision', but nothing .* with vision_from = 1"):
+        set_trainable(tiny[0], ("vision",), (), 1.0)

@@ -1,8 +1,9 @@
 """Conversations -> text -> token ids and labels. The only file that knows special tokens.
 
 A conversation is a list of turns (question, answer); an answer of None asks for one. A clip or a
-picture stands in one question as `<video>`, in front of the words. The templates `pretrain`,
-`qwen2_base`, `phi` and `gemma` are TinyLLaVA-Video's; `qwen2_chat` is Qwen2.5's ChatML.
+picture stands in one question as `<video>`, in front of the words. The templates `pretrain`, `phi`
+(Phi-2 and StableLM), `qwen2_base`, `qwen2_instruct`, `llama` and `gemma` are TinyLLaVA Factory's
+and TinyLLaVA-Video's; `qwen2_chat` is ChatML with Qwen2.5's system text.
 Taught in notebooks 03 (label mask) and 04 (several turns).
 """
 
@@ -47,8 +48,10 @@ TEMPLATES = {
     # For the toy world's small LLM: few tokens, and an answer is spelled as it stands in a text.
     "plain": Template("", "{q}\nAnswer:", " {a}<|endoftext|>", "<|endoftext|>", after="\n"),
     "pretrain": Template("", None, "{a}\n", "\n"),
-    "qwen2_base": _vicuna("<|endoftext|>"),
     "phi": _vicuna("<|endoftext|>"),
+    "qwen2_base": _vicuna("<|endoftext|>"),
+    "qwen2_instruct": _vicuna("<|im_end|>"),  # the published one is no ChatML
+    "llama": _vicuna("</s>"),
     "gemma": _vicuna("<eos>"),
     "qwen2_chat": Template(
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
@@ -173,6 +176,39 @@ def _quote(text: str) -> str:
 
 
 # ---- text -> ids and labels -----------------------------------------------------------------
+
+
+def prepare_tokenizer(tokenizer, template: str, what: str = "llm_dir"):
+    """Give a published tokenizer what training needs: `<video>`, and a pad token where it has none.
+
+    Padding is told from text by the attention mask alone, so any token will do: the unknown token,
+    as TinyLLaVA takes for Llama, Phi and Gemma, else the end token, as Qwen2 does. Raises
+    ValueError where there is neither, and as `check_stop`.
+    """
+    if VIDEO_TOKEN not in tokenizer.get_added_vocab():
+        tokenizer.add_tokens([VIDEO_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{what}: the tokenizer has no pad, unknown or end token; name one as "
+                         "pad_token in its tokenizer_config.json")
+    check_stop(template, tokenizer, what)
+    return tokenizer
+
+
+def check_stop(template: str, tokenizer, what: str = "llm_dir") -> None:
+    """Refuse a template whose end of an answer is no token: nothing would learn to stop."""
+    stop = get_template(template).stop
+    pieces = tokenizer(stop, add_special_tokens=False).input_ids
+    if not stop.strip() or len(pieces) == 1:
+        return
+    end = tokenizer.eos_token
+    fitting = [name for name, form in TEMPLATES.items() if form.stop == end]
+    raise ValueError(
+        f"template {template!r} ends an answer with {stop!r}, which is {len(pieces)} tokens to the "
+        f"tokenizer of {what}; its own end token is {end!r}, that of "
+        + (f"template {' or '.join(fitting)}" if fitting else "no template here")
+    )
 
 
 def video_token_id(tokenizer) -> int:

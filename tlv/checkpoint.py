@@ -36,6 +36,8 @@ def fingerprint(config, world_size: int) -> str:
     inputs = [config.data, config.val_data, config.zero_config]
     files = [resolve(p) for p in inputs if p is not None]
     files += sorted(p for p in resolve(config.model_dir).rglob("*") if p.is_file())
+    adapter = config.adapter_dir and resolve(config.adapter_dir)
+    files += sorted(p for p in adapter.rglob("*") if p.is_file()) if adapter else []
     files += sorted((ROOT / "tlv").glob("*.py"))
     parts = [as_dict(config), world_size, torch.__version__, [_hash_file(p) for p in files]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -175,9 +177,9 @@ def gather_weights(model, is_first: bool) -> dict:
     return weights
 
 
-def save_model(model, processor, final: Path, ranks) -> None:
-    """Write the Hugging Face folder `final`, whole or not at all. Every rank calls it."""
-    weights = gather_weights(model, ranks.is_first)
+def save_model(model, weights: dict, processor, final: Path, ranks) -> None:
+    """Write the Hugging Face folder `final`, whole or not at all. Every rank calls it; the first
+    one's `weights` are those of `gather_weights`."""
     if ranks.is_first:
         draft = final.with_name(final.name + ".tmp")
         shutil.rmtree(draft, ignore_errors=True)

@@ -180,10 +180,17 @@ class TrainConfig:
     lr_connector: float | None = None  # peak learning rates; None: frozen
     lr_llm: float | None = None
     lr_vision: float | None = None
+    vision_from: float = 0.0  # share of the encoder's layers, from below, that stay frozen
+    lora: tuple[Literal["llm", "vision"], ...] = ()  # of the trainable parts: through adapters
+    lora_rank: int = 128
+    lora_alpha: float = 256.0
+    lora_dropout: float = 0.05
+    adapter_dir: str | None = None  # an adapter to go on with; None: a new one
     num_steps: int | None = None  # optimizer steps; exactly one of num_steps and num_epochs
     num_epochs: int | None = None
     micro_batch_size: int = 4  # samples per rank and forward pass
     grad_accum_steps: int = 1
+    group_by_length: bool = False  # micro-batches of one modality and like length: less padding
     warmup_ratio: float = 0.03  # of num_steps
     weight_decay: float = 0.0
     max_grad_norm: float | None = None  # None: no clipping
@@ -214,16 +221,23 @@ class TrainConfig:
                  f"num_steps = {self.num_steps}, num_epochs = {self.num_epochs}: give exactly one")
         for name in ("num_steps", "num_epochs", "micro_batch_size", "grad_accum_steps",
                      "num_threads", "val_every", "save_every", "max_grad_norm",
-                     "decode_timeout_s"):
+                     "decode_timeout_s", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} = {value} must be > 0")
-        for name, low, high in (("warmup_ratio", 0, 1), ("max_bad_share", 0, 1)):
+        for name, low, high in (("warmup_ratio", 0, 1), ("max_bad_share", 0, 1),
+                                ("vision_from", 0, 1), ("lora_dropout", 0, 1)):
             value = getattr(self, name)
             _require(low <= value <= high, f"{name} = {value} must lie in [{low}, {high}]")
         for name in ("weight_decay", "num_workers", "seed"):
             _require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must be >= 0")
         _require(not (self.cache_features and "vision" in self.trainable),
                  "cache_features needs a frozen vision encoder; take 'vision' out of trainable")
+        for part in self.lora:
+            _require(part in self.trainable, f"lora names {part!r}, which trainable does not")
+        _require(not self.vision_from or "vision" in self.trainable,
+                 f"vision_from = {self.vision_from:g} but trainable does not name 'vision'")
+        _require(self.adapter_dir is None or bool(self.lora),
+                 f"adapter_dir = {self.adapter_dir!r} needs lora, the parts that it is for")
         _require((self.val_every is None) or self.val_data is not None,
                  f"val_every = {self.val_every} needs val_data")
 
@@ -268,7 +282,8 @@ class LaunchConfig:
 def as_dict(config) -> dict:
     """A config as JSON holds it: tuples as lists, paths inside the project relative to its root."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in ("model_dir", "data", "videos_dir", "out_dir", "val_data", "zero_config"):
+    for name in ("model_dir", "data", "videos_dir", "out_dir", "val_data", "zero_config",
+                 "adapter_dir"):
         if values.get(name) is not None:
             values[name] = portable(values[name])
     return values

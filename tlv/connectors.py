@@ -1,232 +1,181 @@
 """Connectors: patch features of a whole clip -> video tokens of the LLM's width.
 
-Every connector maps (B, S, D_v) to (B, Q, D), where S = T * N patches of a clip. The two resamplers
-are TinyLLaVA-Video's (arXiv 2501.15513, v1 naive, v2 group) with its state-dict names; `linear` and
-`mlp2x_gelu` are LLaVA's (arXiv 2310.03744) and keep one video token per patch.
+Every connector maps (B, S, D_v) to (B, Q, D), where S = T * N patches of a clip; a picture is a
+clip of one frame. Those here give every patch its token, or average patches; those that read the
+clip with learned latents are in `tlv.resamplers`. `linear` is LLaVA's (arXiv 2304.08485), the MLP
+LLaVA-1.5's (arXiv 2310.03744), `mof_mlp` the mixture of features' (arXiv 2401.06209).
 Taught in notebook 02.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
+
+from tlv.resamplers import (
+    BenchResampler,
+    FrameResampler,
+    GroupResampler,
+    NaiveResampler,
+    QFormer,
+    Resampler,
+)
 
 
-class Linear(nn.Linear):
-    """One matrix: (B, S, D_v) -> (B, S, D). Keeps every patch."""
+class PerPatch(nn.Module):
+    """A video token for every patch: (B, S, D_v) -> (B, S, D)."""
+
+    def __init__(self, layers: nn.Sequential):
+        super().__init__()
+        self.layers = layers
 
     def forward(self, x, lengths=None):
         """`lengths` is the clips' true S; rows beyond it are computed and mean nothing."""
-        return super().forward(x)  # (B, S, D)
+        return self.layers(x)  # (B, S, D)
 
     def num_tokens(self, num_patches: int) -> int:
         """Video tokens that a clip of `num_patches` patches becomes."""
         return num_patches
 
 
-class Mlp(nn.Sequential):
-    """Two matrices with a GELU between: (B, S, D_v) -> (B, S, D). Keeps every patch."""
+class MofMlp(nn.Module):
+    """Two encoders' features, each through an MLP of its own, dealt out in turn:
+    (B, S, D_1 + D_2) -> (B, 2 S, D)."""
 
-    def __init__(self, vision_width, llm_width):
-        super().__init__(
-            nn.Linear(vision_width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
-        )
+    def __init__(self, vision_widths, llm_width):
+        super().__init__()
+        self.widths = tuple(vision_widths)
+        self.mlps = nn.ModuleList(mlp(width, llm_width, 2) for width in vision_widths)
 
     def forward(self, x, lengths=None):
-        return super().forward(x)  # (B, S, D)
+        parts = x.split(self.widths, dim=-1)
+        tokens = [layers(part) for layers, part in zip(self.mlps, parts, strict=True)]
+        return torch.stack(tokens, dim=2).flatten(1, 2)  # (B, 2 S, D)
 
     def num_tokens(self, num_patches: int) -> int:
-        return num_patches
+        return 2 * num_patches
 
 
-class PerceiverAttention(nn.Module):
-    """Latents ask; keys and values are the media followed by the latents themselves.
+class MeanPool(nn.Module):
+    """Averages over G stretches of time and a grid of places, then one matrix: Q = G * grid^2.
 
-    Source: Flamingo (arXiv 2204.14198), figure 5, with several heads; no biases, no dropout.
+    With G = 1 and the encoder's own grid it is the mean over time. Only the matrix is learnt.
     """
 
-    def __init__(self, dim, num_heads, head_dim):
+    def __init__(self, vision_width, llm_width, num_groups, grid, patches_per_frame):
         super().__init__()
-        inner = num_heads * head_dim
-        self.num_heads = num_heads
-        self.norm_media, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.shape, self.side = (num_groups, grid, grid), math.isqrt(patches_per_frame)
+        self.linear = nn.Linear(vision_width, llm_width)
 
-    def forward(self, media, latents, is_media=None):
-        """media (B, n, D), latents (B, q, D), is_media (B, n) bool or None = all -> (B, q, D)."""
-        media, latents = self.norm_media(media), self.norm_latents(latents)
-        q = self.to_q(latents)
-        k, v = self.to_kv(torch.cat([media, latents], dim=1)).chunk(2, dim=-1)  # (B, n + q, inner)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        if is_media is not None:
-            is_media = F.pad(is_media, (0, latents.shape[1]), value=True)[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_media)  # (B, h, q, head_dim)
-        return self.to_out(y.transpose(1, 2).flatten(2))
+    def forward(self, x, lengths=None):
+        """x (B, S, D_v), lengths: each clip's true S (None: all of it) -> (B, Q, D)."""
+        lengths = lengths or [x.shape[1]] * len(x)
+        pooled = [self._pool(clip[:length]) for clip, length in zip(x, lengths, strict=True)]
+        return self.linear(torch.stack(pooled))  # (B, Q, D)
+
+    def _pool(self, clip):
+        volume = clip.unflatten(0, (-1, self.side, self.side)).permute(3, 0, 1, 2)  # (D_v, T, h, w)
+        return F.adaptive_avg_pool3d(volume, self.shape).flatten(1).T  # (Q, D_v)
+
+    def num_tokens(self, num_patches: int) -> int:
+        return math.prod(self.shape)
 
 
-def feed_forward(dim: int) -> nn.Sequential:
-    """LayerNorm, four times the width, exact GELU, back; the matrices have no bias."""
-    return nn.Sequential(
-        nn.LayerNorm(dim),
-        nn.Linear(dim, 4 * dim, bias=False),
-        nn.GELU(),
-        nn.Linear(4 * dim, dim, bias=False),
+def mlp(vision_width: int, llm_width: int, depth: int) -> nn.Sequential:
+    """`depth` matrices with a GELU between each two."""
+    layers = [nn.Linear(vision_width, llm_width)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
+    return nn.Sequential(*layers)
+
+
+# ---- by name --------------------------------------------------------------------------------
+
+
+def _identity(o):
+    if o["vision_width"] != o["llm_width"]:
+        raise ValueError(f"connector 'identity' needs an encoder as wide as the LLM, but they are "
+                         f"{o['vision_width']} and {o['llm_width']} wide; take 'linear'")
+    return PerPatch(nn.Sequential())
+
+
+def _mof(o):
+    widths = o["vision_widths"]
+    if len(widths) != 2:
+        raise ValueError(f"connector 'mof_mlp' needs a mixture of two encoders (vision_dir and "
+                         f"second_vision_dir), but there is {len(widths)}")
+    return MofMlp(widths, o["llm_width"])
+
+
+def _mean_pool(o):
+    grid, side = math.isqrt(_per_group(o)), math.isqrt(o["patches_per_frame"])
+    if side**2 != o["patches_per_frame"]:
+        raise ValueError(f"connector 'mean_pool' needs a square grid of patches, but a frame has "
+                         f"{o['patches_per_frame']}; drop_first_patch is for a class token, and "
+                         "an encoder with one needs it")
+    if grid**2 != _per_group(o):
+        raise ValueError(f"connector 'mean_pool' averages over a square grid of places, but "
+                         f"num_queries / num_groups = {_per_group(o)}; take a square number")
+    return MeanPool(
+        o["vision_width"], o["llm_width"], o["num_groups"], grid, o["patches_per_frame"]
     )
 
 
-def position_encoding(num_positions, dim, dtype="float16", device=None) -> torch.Tensor:
-    """Sines (even columns) and cosines (odd ones) of the position -> (num_positions, dim) float32.
-
-    The values are rounded to `dtype`: the published weights were trained with a table made in
-    float16, up to 2.6e-4 away from the exact one.
-    """
-    position = torch.arange(num_positions, device=device, dtype=torch.float32)
-    column = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
-    angle = position[:, None] * torch.exp(column * -(math.log(10_000.0) / dim))  # (n, dim / 2)
-    table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (n, dim)
-    return table[:, :dim].to(POSITION_DTYPES[dtype]).float()
+def _per_group(o) -> int:
+    queries, groups = o["num_queries"], o["num_groups"]
+    if queries % groups:
+        raise ValueError(f"num_queries = {queries} is not divisible by num_groups = {groups}: "
+                         "every group gives the same number of video tokens")
+    return queries // groups
 
 
-POSITION_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+def _wide(cls, **more):
+    """A resampler as wide as the LLM; `more` are its options, computed from all sizes."""
+    names = ("vision_width", "llm_width", "num_layers", "num_heads", "head_dim", "position_dtype")
+    return lambda o: cls(
+        **{name: o[name] for name in names}, **{key: value(o) for key, value in more.items()}
+    )
 
 
-class Resampler(nn.Module):
-    """What both resamplers share: learned latents that read media through attention layers."""
-
-    def __init__(self, vision_width, llm_width, num_latents, num_layers, num_heads, head_dim,
-                 position_dtype):
-        super().__init__()
-        if position_dtype not in POSITION_DTYPES:
-            raise ValueError(f"position_dtype {position_dtype!r} is unknown; "
-                             f"known are {', '.join(POSITION_DTYPES)}")
-        self.position_dtype = position_dtype
-        self.latents = nn.Parameter(torch.randn(num_latents, llm_width))
-        self.linear = nn.Linear(vision_width, llm_width)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(llm_width, num_heads, head_dim),
-                           feed_forward(llm_width)])
-            for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(llm_width)
-
-    def positions(self, x):
-        """The encoding of (B, n, D), in its dtype and on its device -> (n, D)."""
-        return position_encoding(*x.shape[1:], self.position_dtype, x.device).to(x.dtype)
-
-    def resample(self, media, is_media=None):
-        """media (B, n, D), is_media (B, n) bool or None = all -> (B, q, D)."""
-        latents = self.latents.expand(len(media), -1, -1)  # (B, q, D)
-        for attention, forward in self.layers:
-            latents = attention(media, latents, is_media) + latents
-            latents = forward(latents) + latents
-        return self.norm(latents)
-
-
-def _mark(lengths, longest, device):
-    """(B, longest) bool: which places a sequence of each length fills; None when all are full."""
-    if all(length == longest for length in lengths):
-        return None
-    lengths = torch.tensor(lengths, device=device)
-    return torch.arange(longest, device=device) < lengths[:, None]
-
-
-class NaiveResampler(Resampler):
-    """All latents read all patches of the clip; positions are added to the patches."""
-
-    def forward(self, x, lengths=None):
-        """x (B, S, D_v), lengths: each clip's true S (None: all of it) -> (B, Q, D)."""
-        x = self.linear(x)  # (B, S, D)
-        is_media = None if lengths is None else _mark(lengths, x.shape[1], x.device)
-        return self.resample(x + self.positions(x), is_media)
-
-    def num_tokens(self, num_patches: int) -> int:
-        return len(self.latents)
-
-
-class GroupResampler(Resampler):
-    """G groups of consecutive patches, each read apart by the same latents and layers.
-
-    Q = G * latents. Positions are added to the output, after the last norm. Groups are chunks of
-    the token sequence: they end on frame borders only where S / G is a multiple of N.
-    """
-
-    def __init__(self, *args, num_groups, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.num_groups = num_groups
-
-    def forward(self, x, lengths=None):
-        """x (B, S, D_v), lengths: each clip's true S (None: all of it) -> (B, Q, D)."""
-        x = self.linear(x)  # (B, S, D)
-        lengths = lengths or [x.shape[1]] * len(x)
-        media, is_media = self._fold(x, lengths)  # (B * G, n, D)
-        y = self.resample(media, is_media).unflatten(0, (-1, self.num_groups))  # (B, G, Q / G, D)
-        y = y.flatten(1, 2)  # (B, Q, D)
-        return y + self.positions(y)
-
-    def _fold(self, x, lengths):
-        """Groups become rows of the batch; groups of unequal length are padded and marked."""
-        if all(length == x.shape[1] and length % self.num_groups == 0 for length in lengths):
-            return x.reshape(len(x) * self.num_groups, -1, x.shape[-1]), None
-        sizes = [group_sizes(length, self.num_groups) for length in lengths]
-        groups = [
-            group
-            for clip, length, parts in zip(x, lengths, sizes, strict=True)
-            for group in clip[:length].split(parts)
-        ]
-        media = pad_sequence(groups, batch_first=True)  # (B * G, n, D)
-        return media, _mark(sum(sizes, []), media.shape[1], x.device)
-
-    def num_tokens(self, num_patches: int) -> int:
-        return self.num_groups * len(self.latents)
-
-
-def group_sizes(num_patches: int, num_groups: int) -> list[int]:
-    """Lengths of the groups: equal but for one patch, the longer ones first."""
-    size, rest = divmod(num_patches, num_groups)
-    return [size + 1] * rest + [size] * (num_groups - rest)
-
-
-def _linear(vision_width, llm_width, **_):
-    return Linear(vision_width, llm_width)
-
-
-def _mlp(vision_width, llm_width, **_):
-    return Mlp(vision_width, llm_width)
-
-
-def _naive(num_queries, num_groups, **sizes):
-    return NaiveResampler(num_latents=num_queries, **sizes)
-
-
-def _group(num_queries, num_groups, **sizes):
-    if num_queries % num_groups:
-        raise ValueError(f"num_queries = {num_queries} is not divisible by num_groups = "
-                         f"{num_groups}: every group gives the same number of video tokens")
-    return GroupResampler(num_latents=num_queries // num_groups, num_groups=num_groups, **sizes)
+def _narrow(cls):
+    names = ("vision_width", "llm_width", "num_layers", "num_heads", "width")
+    return lambda o: cls(**{name: o[name] for name in names}, num_latents=o["num_queries"])
 
 
 CONNECTORS = {
-    "linear": _linear,
-    "mlp2x_gelu": _mlp,
-    "naive_resampler": _naive,
-    "group_resampler": _group,
+    "identity": _identity,
+    "linear": lambda o: PerPatch(mlp(o["vision_width"], o["llm_width"], 1)),
+    "mlp{N}x_gelu": lambda o: PerPatch(mlp(o["vision_width"], o["llm_width"], o["depth"])),
+    "mof_mlp": _mof,
+    "mean_pool": _mean_pool,
+    "resampler": _wide(Resampler, num_latents=lambda o: o["num_queries"]),
+    "bench_resampler": _narrow(BenchResampler),
+    "qformer": _narrow(QFormer),
+    "naive_resampler": _wide(NaiveResampler, num_latents=lambda o: o["num_queries"]),
+    "group_resampler": _wide(
+        GroupResampler, num_latents=_per_group, num_groups=lambda o: o["num_groups"]
+    ),
+    "frame_resampler": _wide(
+        FrameResampler, num_latents=_per_group, patches_per_frame=lambda o: o["patches_per_frame"]
+    ),
 }
 
 
 def build_connector(name, *, vision_width, llm_width, num_queries, num_groups, num_layers,
-                    num_heads=8, head_dim=64, position_dtype="float16") -> nn.Module:
+                    num_heads=8, head_dim=64, width=768, position_dtype="float16",
+                    patches_per_frame=None, vision_widths=()) -> nn.Module:
     """A connector by name; what a connector does not have (queries, groups) it ignores.
 
-    Raises ValueError for an unknown name, and for queries that do not divide into the groups.
+    `width` is that of the narrow ones (bench_resampler, qformer), `patches_per_frame` (N) is needed
+    by those that know frames (mean_pool, frame_resampler), `vision_widths` by mof_mlp. Raises
+    ValueError for an unknown name, and for sizes that do not fit.
     """
-    if name not in CONNECTORS:
-        raise ValueError(f"connector {name!r} is unknown; known are {', '.join(CONNECTORS)}")
-    return CONNECTORS[name](
-        vision_width=vision_width, llm_width=llm_width, num_queries=num_queries,
-        num_groups=num_groups, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim,
-        position_dtype=position_dtype,
-    )
+    options = dict(locals())
+    depth = re.fullmatch(r"mlp([1-9])x_gelu", name)
+    key = "mlp{N}x_gelu" if depth else name
+    if key not in CONNECTORS or name == "mlp{N}x_gelu":
+        raise ValueError(f"connector {name!r} is unknown; known are {', '.join(CONNECTORS)} "
+                         "(N from 1 to 9)")
+    return CONNECTORS[key]({**options, "depth": int(depth[1]) if depth else None})

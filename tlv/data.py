@@ -1,14 +1,15 @@
-"""Manifest -> samples -> micro-batches, in an order that any number of ranks shares.
+"""Manifest -> samples -> micro-batches (their order is that of `tlv.order`).
 
 A sample that cannot be used (clip missing, undecodable or hanging; conversation that does not
 alternate; sequence too long) becomes a `BadSample`: skipped, counted and listed, never replaced.
 Nothing is cut: a sequence over max_seq_len is a bad sample. Taught in notebooks 03 and 04.
 """
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,6 +17,7 @@ from tlv.chat import (
     IGNORE_INDEX,
     VIDEO_TOKEN,
     ConversationError,
+    check_stop,
     encode,
     parse_conversation,
     with_video,
@@ -46,37 +48,6 @@ def load_samples(path) -> list[dict]:
     return samples
 
 
-# ---- order: pure functions of the seed ------------------------------------------------------
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of range(num_samples) in which `epoch` (from 0) visits the samples."""
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
-
-
-def sample_stream(num_samples: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """Sample numbers at the places start..stop of the endless stream of epochs, one by one."""
-    epochs = range(start // num_samples, (stop - 1) // num_samples + 1)
-    if not epochs:
-        return np.zeros(0, dtype=int)
-    order = np.concatenate([epoch_order(num_samples, seed, e) for e in epochs])
-    offset = epochs[0] * num_samples
-    return order[start - offset : stop - offset]
-
-
-def rank_batches(stream, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """This rank's micro-batches: the stream in slices, dealt to the ranks in turn.
-
-    So one rank with two accumulation steps and two ranks with one see the same micro-batches.
-    A stream that does not divide leaves short (or empty) micro-batches at the end, and every
-    rank has equally many.
-    """
-    per_round = micro_batch_size * world_size
-    first = rank * micro_batch_size
-    starts = range(first, first + -(-len(stream) // per_round) * per_round, per_round)
-    return [[int(i) for i in stream[s : s + micro_batch_size]] for s in starts]
-
-
 # ---- one sample -----------------------------------------------------------------------------
 
 
@@ -98,6 +69,7 @@ class VideoTextDataset(Dataset):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.config, self.turns, self.timeout_s = model.config, turns, timeout_s
         self.template = template or self.config.template
+        check_stop(self.template, self.tokenizer, "the model")
 
     def __len__(self):
         return len(self.samples)
@@ -207,18 +179,16 @@ class FeatureCache:
         """Decode and encode the clips of the samples `indices`, each once."""
         encoder = self._model.vision_encoder.to(self._device, self._dtype).eval()
         encoder.requires_grad_(False)
-        for index in progress(sorted(set(indices))):
-            sample = dataset.samples[index]
-            path = _path_or_none(dataset, sample)
-            if path is None or path in self._found:
-                continue
-            try:
-                pixels = dataset.read(path, "video" not in sample)  # (T, C, H, W)
+        samples = [dataset.samples[index] for index in sorted(set(indices))]
+        visuals = {_path_or_none(dataset, sample): sample for sample in samples}
+        todo = [(path, "video" not in sample) for path, sample in visuals.items()
+                if path is not None and path not in self._found]  # fmt: skip
+        for (path, _), found in zip(progress(todo), _read_ahead(dataset.read, todo), strict=True):
+            if not isinstance(found, VideoError):
                 with torch.no_grad():
-                    pixels = pixels.to(self._device, self._dtype)
-                    self._found[path] = self._model.vision_features(pixels).cpu()  # (T, N, D_v)
-            except VideoError as error:
-                self._found[path] = error
+                    pixels = found.to(self._device, self._dtype)  # (T, C, H, W)
+                    found = self._model.vision_features(pixels).cpu()  # (T, N, D_v)
+            self._found[path] = found
 
     def __getitem__(self, path: Path) -> torch.Tensor:
         found = self._found[path]
@@ -228,6 +198,26 @@ class FeatureCache:
 
     def __len__(self):
         return len(self._found)
+
+
+def _read_ahead(read, jobs, ahead: int = 4):
+    """read(*job) for every job in order, a few of them early: decoding goes on while the encoder
+    works. A VideoError is given in place of the clip."""
+
+    def attempt(job):
+        try:
+            return read(*job)
+        except VideoError as error:
+            return error
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque()
+        for job in jobs:
+            waiting.append(pool.submit(attempt, job))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _path_or_none(dataset, sample) -> Path | None:

@@ -24,11 +24,17 @@ from transformers import (
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from tlv.chat import VIDEO_TOKEN, get_template, stop_token_ids, to_jinja, video_token_id
-from tlv.connectors import Resampler, build_connector
+from tlv.chat import get_template, prepare_tokenizer, stop_token_ids, to_jinja, video_token_id
+from tlv.connectors import build_connector
 from tlv.pretrained import ModelFolderError, load_pretrained, read_config
 from tlv.processor import TlvProcessor
-from tlv.vision import count_patches, count_unseen, encode_frames, load_vision_encoder, vision_part
+from tlv.resamplers import LATENTS
+from tlv.vision import (
+    count_patches,
+    encode_frames,
+    load_mixture,
+    load_vision_encoder,
+)
 
 VISUALS = ("pixel_values_videos", "video_features", "video_index")
 
@@ -50,6 +56,7 @@ class TlvConfig(PreTrainedConfig):
     num_resampler_layers: int = 3
     resampler_heads: int = 8
     resampler_head_dim: int = 64
+    connector_width: int = 768  # of the narrow ones, bench_resampler and qformer
     position_dtype: str = "float16"  # rounding of the resampler's positions
     vision_feature_layer: int = -2
     drop_first_patch: bool = False
@@ -59,6 +66,7 @@ class TlvConfig(PreTrainedConfig):
     sampling: str = "uniform"  # or "fps": fps frames per second, at most max_frames
     fps: float = 1.0
     max_frames: int = 64
+    image_mode: str = "square"  # how a frame becomes a square: "square", "pad" or "crop"
     max_seq_len: int = 3072  # tokens of a training row, video tokens included
     tie_word_embeddings: bool = False
 
@@ -87,7 +95,7 @@ class TlvPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """Matrices N(0, initializer_range), biases 0, norms 1 and 0, latents N(0, 1)."""
         super()._init_weights(module)
-        if isinstance(module, Resampler):
+        if isinstance(module, LATENTS):
             init.normal_(module.latents, mean=0.0, std=1.0)
 
 
@@ -171,8 +179,10 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
         """
         unused = [clip for k, clip in enumerate(clips) if k not in index]
         if not clips:
-            width = self.config.vision_config.hidden_size
-            unused = self.encode_videos(video_features=[torch.zeros(1, 1, width)])
+            config = self.config.vision_config
+            num_patches = count_patches(config, self.config.drop_first_patch)
+            black = torch.zeros(1, num_patches, config.hidden_size)
+            unused = self.encode_videos(video_features=[black])
         return sum((0.0 * clip.sum() for clip in unused), start=0.0)
 
     # ---- the language model -----------------------------------------------------------------
@@ -219,12 +229,15 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
 
 def new_connector(config: TlvConfig) -> nn.Module:
     """The connector that a config asks for, weights as torch makes them."""
+    vision = config.vision_config
     return build_connector(
-        config.connector_type,
-        vision_width=config.vision_config.hidden_size, llm_width=config.text_config.hidden_size,
-        num_queries=config.num_queries, num_groups=config.num_groups,
-        num_layers=config.num_resampler_layers, num_heads=config.resampler_heads,
-        head_dim=config.resampler_head_dim, position_dtype=config.position_dtype,
+        config.connector_type, vision_width=vision.hidden_size,
+        llm_width=config.text_config.hidden_size, num_queries=config.num_queries,
+        num_groups=config.num_groups, num_layers=config.num_resampler_layers,
+        num_heads=config.resampler_heads, head_dim=config.resampler_head_dim,
+        width=config.connector_width, position_dtype=config.position_dtype,
+        patches_per_frame=count_patches(vision, config.drop_first_patch),
+        vision_widths=getattr(vision, "widths", ()),
     )  # fmt: skip
 
 
@@ -237,35 +250,40 @@ AutoProcessor.register(TlvConfig, TlvProcessor)
 # ---- builders -------------------------------------------------------------------------------
 
 
-def build_model(vision_dir, llm_dir, *, dtype=torch.float32, seed=0, **fields):
+def build_model(vision_dir, llm_dir, *, second_vision_dir=None, dtype=torch.float32, seed=0,
+                **fields):
     """A model of two pretrained folders and a fresh connector, and its processor.
 
-    `fields` are fields of TlvConfig. The same seed gives the same connector. Raises
-    ModelFolderError for a wrong folder, ValueError for a wrong field.
+    With `second_vision_dir` the encoder is a mixture of two (CLIP and DINOv2, say), and pixels are
+    the first one's. `fields` are fields of TlvConfig. The same seed gives the same connector.
+    Raises ModelFolderError for a wrong folder, ValueError for a wrong field.
     """
     unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
     if unknown:
         raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
-    vision_config = vision_part(read_config(vision_dir, "vision_dir"))
+    read_config(vision_dir, "vision_dir")
     text_config = read_config(llm_dir, "llm_dir")
-    for part in (vision_config, text_config):
-        part._name_or_path = ""  # else config.json keeps a path of the machine that built it
     tokenizer = _load_part(AutoTokenizer, llm_dir, "llm_dir")
+    prepare_tokenizer(tokenizer, fields.get("template", TlvConfig.template), f"llm_dir = {llm_dir}")
     image_processor = _load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
-    if VIDEO_TOKEN not in tokenizer.get_added_vocab():
-        tokenizer.add_tokens([VIDEO_TOKEN], special_tokens=True)
-    config = TlvConfig(vision_config=vision_config, text_config=text_config,
+    encoder = load_vision_encoder(vision_dir, dtype)
+    if second_vision_dir is not None:
+        second = load_vision_encoder(second_vision_dir, dtype, "second_vision_dir")
+        encoder = load_mixture(encoder, second)
+    for part in (encoder.config, *getattr(encoder.config, "parts", ()), text_config):
+        part._name_or_path = ""  # else config.json keeps a path of the machine that built it
+    config = TlvConfig(vision_config=encoder.config, text_config=text_config,
                        video_token_id=video_token_id(tokenizer), **fields)
     with torch.device("meta"):
         model = TlvForConditionalGeneration(config)
-    model.vision_encoder = load_vision_encoder(vision_dir, dtype)
+    model.vision_encoder = encoder
     model.language_model = load_pretrained(AutoModelForCausalLM, llm_dir, "llm_dir", dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.connector = new_connector(config).apply(model._init_weights).to(dtype)
     model.config.dtype = dtype
-    model.generation_config = _generation_config(config, tokenizer)
-    return model.eval(), _build_processor(config, model.connector, image_processor, tokenizer)
+    model.generation_config = make_generation_config(config, tokenizer)
+    return model.eval(), build_processor(config, model.connector, image_processor, tokenizer)
 
 
 def _load_part(auto_class, path, what, **kwargs):
@@ -276,23 +294,25 @@ def _load_part(auto_class, path, what, **kwargs):
                                f"{str(error).splitlines()[0][:200]}") from error
 
 
-def _generation_config(config, tokenizer) -> GenerationConfig:
+def make_generation_config(config, tokenizer) -> GenerationConfig:
     """Greedy, until the template's stop; a placeholder is never answered."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     in_vocabulary = config.video_token_id < config.text_config.vocab_size
     return GenerationConfig(
-        eos_token_id=stop_token_ids(config.template, tokenizer), pad_token_id=pad,
+        eos_token_id=stop_token_ids(config.template, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[config.video_token_id] if in_vocabulary else None,
     )  # fmt: skip
 
 
-def _build_processor(config, connector, image_processor, tokenizer) -> TlvProcessor:
+def build_processor(config, connector, image_processor, tokenizer) -> TlvProcessor:
+    """The processor that goes with a model: how clips are read, and how many tokens they become."""
     num_patches = count_patches(config.vision_config, config.drop_first_patch)
     one, two = connector.num_tokens(num_patches), connector.num_tokens(2 * num_patches)
     return TlvProcessor(
         image_processor, tokenizer, chat_template=to_jinja(config.template),
         num_frames=config.num_frames, sampling=config.sampling, fps=config.fps,
-        max_frames=config.max_frames, tokens_per_clip=2 * one - two, tokens_per_frame=two - one,
+        max_frames=config.max_frames, image_mode=config.image_mode,
+        tokens_per_clip=2 * one - two, tokens_per_frame=two - one,
     )  # fmt: skip
 
 
@@ -304,31 +324,3 @@ def load_model(model_dir, dtype=torch.float32, what: str = "model_dir"):
                                "is wanted, as notebooks 02 to 04 write it")
     model = load_pretrained(TlvForConditionalGeneration, model_dir, what, dtype)
     return model.eval(), _load_part(TlvProcessor, model_dir, what)
-
-
-def paper_config() -> TlvConfig:
-    """TinyLLaVA-Video's best: SigLIP-so400m-384, group resampler of 512 tokens, Qwen2.5-3B."""
-    vision = dict(
-        model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
-        num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14,
-    )  # fmt: skip
-    text = dict(
-        model_type="qwen2", vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
-        num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, rope_theta=1e6,
-        max_position_embeddings=32_768, tie_word_embeddings=True, bos_token_id=151_643,
-        eos_token_id=151_643,
-    )  # fmt: skip
-    return TlvConfig(vision_config=vision, text_config=text, drop_first_patch=True,
-                     video_token_id=151_665)  # fmt: skip
-
-
-def count_parameters(config: TlvConfig) -> dict[str, int]:
-    """Parameters per part, their total, and `unseen`: those of the encoder that the output never
-    depends on. Nothing is allocated (meta device), so any size can be counted."""
-    with torch.device("meta"):
-        model = TlvForConditionalGeneration(config)
-    parts = {"vision": model.vision_encoder, "connector": model.connector,
-             "llm": model.language_model}
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    unseen = count_unseen(config.vision_config, config.vision_feature_layer)
-    return {**counts, "total": sum(counts.values()), "unseen": unseen}

@@ -1,18 +1,42 @@
 """Text, clips and pictures -> what the model's forward and generate take. Saved beside the model.
 
-Frames are resized to the encoder's square (squashed, bicubic, PIL), divided by 255 and normalised
-as the encoder's own image processor says. Taught in notebook 02.
+Frames are fitted to the encoder's square (bicubic, PIL), divided by 255 and normalised as the
+encoder's own image processor says. How they are fitted is the image mode: `square` squashes, `pad`
+fills up with the mean colour first, `crop` cuts the middle out. Taught in notebook 02.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from tlv.chat import VIDEO_TOKEN, video_token_id
 from tlv.video import Clip, read_image, sample_frames
+
+
+def _squash(frame: Image.Image, side: int, colour) -> Image.Image:
+    return frame.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _pad(frame: Image.Image, side: int, colour) -> Image.Image:
+    longest = max(frame.size)
+    canvas = Image.new("RGB", (longest, longest), colour)
+    canvas.paste(frame, ((longest - frame.width) // 2, (longest - frame.height) // 2))
+    return _squash(canvas, side, colour)
+
+
+def _crop(frame: Image.Image, side: int, colour) -> Image.Image:
+    shortest = min(frame.size)
+    width, height = (int(side * length / shortest) for length in frame.size)
+    frame = frame.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return frame.crop((left, top, left + side, top + side))
+
+
+IMAGE_MODES = {"square": _squash, "pad": _pad, "crop": _crop}
 
 
 class TlvProcessor(ProcessorMixin):
@@ -24,8 +48,12 @@ class TlvProcessor(ProcessorMixin):
     # No argument may be called video_processor: it would be loaded through torchvision.
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=16,
                  sampling="uniform", fps=1.0, max_frames=64, tokens_per_clip=0,
-                 tokens_per_frame=0):
+                 tokens_per_frame=0, image_mode="square"):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if image_mode not in IMAGE_MODES:
+            raise ValueError(f"image_mode {image_mode!r} is unknown; known are "
+                             f"{', '.join(IMAGE_MODES)}")
+        self.image_mode = image_mode
         self.num_frames, self.sampling, self.fps = num_frames, sampling, fps
         self.max_frames = max_frames
         self.tokens_per_clip, self.tokens_per_frame = tokens_per_clip, tokens_per_frame
@@ -45,8 +73,21 @@ class TlvProcessor(ProcessorMixin):
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(f"frames must be (T, H, W, 3) uint8, not {frames.shape} "
                              f"{frames.dtype}")
-        pixels = self.image_processor(images=list(frames), return_tensors="pt").pixel_values
+        fit, colour = IMAGE_MODES[self.image_mode], self._mean_colour()
+        fitted = [fit(Image.fromarray(frame), self.side, colour) for frame in frames]
+        pixels = self.image_processor(
+            images=fitted, do_resize=False, do_center_crop=False, return_tensors="pt"
+        ).pixel_values
         return pixels.float()
+
+    @property
+    def side(self) -> int:
+        """Height and width in pixels of what the encoder takes."""
+        size = getattr(self.image_processor, "crop_size", None) or self.image_processor.size
+        return size.get("height") or size["shortest_edge"]
+
+    def _mean_colour(self) -> tuple[int, ...]:
+        return tuple(int(mean * 255) for mean in self.image_processor.image_mean)
 
     def __call__(self, images=None, text=None, videos=None, padding=True, padding_side="left",
                  add_special_tokens=True, return_tensors="pt", **others) -> BatchFeature:

@@ -1,13 +1,31 @@
 """What is tuned and how fast: trainable parts, learning-rate groups, the schedule.
 
 A recipe is an explicit list of parts with a peak learning rate each; a part without a rate is
-frozen. Source: TinyLLaVA-Video section 3 (stage 1: connector; stage 2: connector and LLM).
-Taught in notebooks 03 and 04.
+frozen. Sources: TinyLLaVA section 3 (base, share), TinyLLaVA Factory (LoRA, share with the encoder
+frozen), TinyLLaVA-Video section 3. Taught in notebooks 03 and 04.
 """
 
 import math
+import re
 
 from tlv.config import PARTS
+
+# Fields of tlv.config.TrainConfig, per recipe and stage, as published. Batches and data: params/.
+BASE_PRETRAIN = dict(trainable=["connector"], lr_connector=1e-3)
+BASE_SFT = dict(trainable=["connector", "llm"], lr_connector=2e-5, lr_llm=2e-5)
+SHARE = dict(BASE_SFT, trainable=["connector", "llm", "vision"], lr_vision=2e-5)
+RECIPES = {
+    "base": {"pretrain": BASE_PRETRAIN, "sft": BASE_SFT},
+    # The paper's: a second pretraining, with the encoder's layers from 12 of 27 on.
+    "share": {"pretrain": BASE_PRETRAIN, "pretrain_share": dict(SHARE, vision_from=12 / 27),
+              "sft": BASE_SFT},
+    # The shipped scripts': the encoder stays frozen.
+    "share_frozen": {"pretrain": BASE_PRETRAIN, "pretrain_share": BASE_SFT, "sft": BASE_SFT},
+    "lora": {"pretrain": BASE_PRETRAIN,
+             "sft": dict(BASE_SFT, lr_connector=2e-4, lr_llm=2e-4, lora=["llm"], lora_rank=128,
+                         lora_alpha=256)},
+    "video": {"pretrain": dict(trainable=["connector"], lr_connector=1e-4), "sft": BASE_SFT},
+}  # fmt: skip
 
 MODULES = {"connector": "connector", "llm": "language_model", "vision": "vision_encoder"}
 
@@ -19,13 +37,42 @@ def part_module(model, part: str):
     return getattr(model, MODULES[part])
 
 
-def set_trainable(model, trainable) -> dict[str, int]:
-    """Freeze everything but the parts named; return the number of trained parameters per part."""
+def set_trainable(model, trainable, lora=(), vision_from: float = 0.0) -> dict[str, int]:
+    """Freeze everything but the parts named; return the number of trained parameters per part.
+
+    Of a part in `lora` the adapters alone are trained. Of the encoder, where it is trained, the
+    layers from the share `vision_from` of its depth on (0: all of it), and never what the output
+    does not see. ValueError if a part that should be trained is left with nothing to train.
+    """
     counts = {}
     for part in PARTS:
-        module = part_module(model, part).requires_grad_(part in trainable)
+        module = part_module(model, part).requires_grad_(part in trainable and part not in lora)
+        if part in trainable and part in lora:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
+        elif part == "vision" and part in trainable:
+            _set_encoder(model, module, vision_from)
         counts[part] = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        if part in trainable and not counts[part]:
+            raise ValueError(f"trainable names {part!r}, but nothing of it would be trained"
+                             + (f" with vision_from = {vision_from:g}" if part == "vision" else ""))
     return counts
+
+
+def _set_encoder(model, encoder, vision_from: float) -> None:
+    """Train the encoder's layers from `vision_from` on, and all that comes first where it is 0."""
+    layer = model.config.vision_feature_layer
+    for name, parameter in encoder.named_parameters():
+        part = model.config.vision_config
+        mixed = re.match(r"encoders\.(\d)\.", name)
+        depth = (part.parts[int(mixed[1])] if mixed else part).num_hidden_layers
+        number = re.search(r"encoder\.layers?\.(\d+)\.", name)
+        if number:
+            is_seen = int(number[1]) < (layer + depth + 1 if layer < 0 else layer)
+            parameter.requires_grad_(is_seen and int(number[1]) >= round(vision_from * depth))
+        else:
+            is_first = "embeddings." in name or "pre_layrnorm." in name
+            parameter.requires_grad_(is_first and not vision_from and "mask_token" not in name)
 
 
 def parameter_groups(model, learning_rates: dict, weight_decay: float) -> list[dict]:

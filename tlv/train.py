@@ -4,7 +4,8 @@ The loss is the sum over answer tokens divided by the number of answer tokens of
 batch (all ranks, all accumulation steps): neither accumulation nor the number of ranks changes it.
 DeepSpeed averages gradients over ranks, so each micro-batch's sum is multiplied by their number;
 its own division by the accumulation steps is switched off. Taught in notebooks 03 and 04.
-Writes into out_dir: checkpoint/ (a tlv folder), log.jsonl, report.json, train_config.json.
+Writes into out_dir: checkpoint/ (a tlv folder), log.jsonl, report.json, train_config.json, and
+adapter/ where adapters were trained.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tlv import checkpoint
+from tlv import checkpoint, lora
 from tlv.config import ConfigError, TrainConfig, as_dict, build, load_json, resolve
 from tlv.data import (
     BadSamples,
@@ -25,11 +26,10 @@ from tlv.data import (
     VideoTextDataset,
     load_samples,
     make_loader,
-    rank_batches,
-    sample_stream,
 )
 from tlv.files import write_json
 from tlv.model import load_model
+from tlv.order import group_alike, rank_batches, sample_key, sample_stream
 from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
 from tlv.recipes import count_warmup_steps, learning_rate, parameter_groups, set_trainable
 from tlv.runlog import RunLog, bar, say
@@ -70,6 +70,9 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     global_batch = config.micro_batch_size * config.grad_accum_steps * ranks.world_size
     num_steps = config.num_steps or math.ceil(config.num_epochs * len(samples) / global_batch)
     stream = sample_stream(len(samples), config.seed, 0, num_steps * global_batch)
+    if config.group_by_length:
+        keys = [sample_key(sample) for sample in samples]
+        stream = group_alike(stream, keys, config.micro_batch_size, config.seed)
     batches = rank_batches(stream, config.micro_batch_size, ranks.rank, ranks.world_size)
     val_samples = load_samples(resolve(config.val_data)) if config.val_every else []
     val_batches = rank_batches(range(len(val_samples)), config.micro_batch_size, ranks.rank,
@@ -77,7 +80,11 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     cache = FeatureCache(model, ranks.device, DTYPES[config.precision])
     data = make_dataset(config, samples, model, processor, cache, batches, ranks)
     val_data = make_dataset(config, val_samples, model, processor, cache, val_batches, ranks)
-    counts = set_trainable(model, config.trainable)
+    if config.lora:
+        lora.add_adapters(model, config.lora, rank=config.lora_rank, alpha=config.lora_alpha,
+                          dropout=config.lora_dropout,
+                          adapter_dir=config.adapter_dir and resolve(config.adapter_dir))
+    counts = set_trainable(model, config.trainable, config.lora, config.vision_from)
     engine = start_engine(config, model)
     state = {"step": 0, "rows": [], "bad": []}
     if found is not None:
@@ -131,7 +138,11 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
 
     progress.close()
     log.close()
-    checkpoint.save_model(engine.module, processor, out_dir / "checkpoint", ranks)
+    weights = checkpoint.gather_weights(engine.module, ranks.is_first)
+    if config.lora and ranks.is_first:
+        lora.save_adapter(weights, model.adapter_settings, out_dir / "adapter")
+        weights = lora.merge(weights, model.adapter_settings)
+    checkpoint.save_model(engine.module, weights, processor, out_dir / "checkpoint", ranks)
     if ranks.is_first:
         write_json(out_dir / "train_config.json", as_dict(config))
         write_json(out_dir / "report.json", {

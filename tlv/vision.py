@@ -1,15 +1,20 @@
 """Vision encoders: frames -> patch features, through transformers' Auto classes.
 
-A frame's features are `hidden_states[feature_layer]` of the encoder (-2: the input of its last
-layer), without final norm and pooling. Source: LLaVA (arXiv 2310.03744), TinyLLaVA-Video section 1.
+A frame's features are the encoder's hidden states at `feature_layer` (-2: the input of its last
+layer), without final norm and pooling. CLIP, SigLIP, DINOv2, or a mixture of two of them.
+Source: LLaVA (arXiv 2310.03744), mixture of features (arXiv 2401.06209), TinyLLaVA-Video section 1.
 Taught in notebook 02.
 """
 
-import torch
-from torch import nn
-from transformers import AutoModel
+from contextlib import contextmanager
 
-from tlv.pretrained import load_pretrained, read_config
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from tlv.pretrained import ModelFolderError, load_pretrained, read_config
 
 
 def vision_part(config):
@@ -23,14 +28,136 @@ def load_vision_encoder(path, dtype=torch.float32, what: str = "vision_dir") -> 
     return load_pretrained(AutoModel, path, what, dtype, config=config)
 
 
+# ---- a mixture of two -----------------------------------------------------------------------
+
+
+@strict
+class MixtureConfig(PreTrainedConfig):
+    """Two encoders that see the same pixels (as CLIP's processor makes them, say)."""
+
+    model_type = "tlv_mixture"
+    sub_configs_defaults = {
+        "first_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "second_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov2"),
+    }
+    first_config: dict | PreTrainedConfig | None = None
+    second_config: dict | PreTrainedConfig | None = None
+
+    @property
+    def parts(self):
+        """The configs of both."""
+        return self.first_config, self.second_config
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.first_config.hidden_size, self.second_config.hidden_size
+
+    @property
+    def hidden_size(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def image_size(self) -> int:
+        return self.first_config.image_size
+
+    @property
+    def num_channels(self) -> int:
+        return self.first_config.num_channels
+
+
+class MixtureEncoder(PreTrainedModel):
+    """Features of both encoders side by side: (T, C, H, W) -> (T, N, D_1 + D_2)."""
+
+    config_class = MixtureConfig
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: MixtureConfig):
+        super().__init__(config)
+        self.encoders = nn.ModuleList(AutoModel.from_config(part) for part in config.parts)
+        self.post_init()
+
+
+AutoConfig.register("tlv_mixture", MixtureConfig)
+AutoModel.register(MixtureConfig, MixtureEncoder)
+
+
+def load_mixture(first, second) -> MixtureEncoder:
+    """Two loaded encoders as one. Raises ModelFolderError where their patches differ in number."""
+    config = MixtureConfig(first_config=first.config, second_config=second.config)
+    check_mixture(config)
+    with torch.device("meta"):
+        mixture = MixtureEncoder(config)
+    mixture.encoders = nn.ModuleList([first, second])
+    return mixture
+
+
+def check_mixture(config: MixtureConfig) -> None:
+    """Refuse two encoders whose features cannot stand side by side."""
+    size, counts = config.image_size, []
+    for part in config.parts:
+        with torch.device("meta"):
+            pixels = torch.zeros(1, part.num_channels, size, size)
+            counts.append(encode_frames(AutoModel.from_config(part), pixels).shape[1])
+    if counts[0] != counts[1]:
+        patches = config.first_config.patch_size, config.second_config.patch_size
+        raise ModelFolderError(
+            f"second_vision_dir: at {size} pixels the two encoders give {counts[0]} and "
+            f"{counts[1]} features a frame (patches of {patches[0]} and {patches[1]} pixels); a "
+            "mixture needs the same patch size, and a class token in both or in neither"
+        )
+
+
+# ---- frames -> features ---------------------------------------------------------------------
+
+
 def encode_frames(encoder, pixels, feature_layer: int = -2, drop_first_patch: bool = False):
     """pixels (T, C, H, W) -> features (T, N, D_v), in the encoder's dtype.
 
-    `drop_first_patch` leaves out position 0: CLIP's class token, or, as TinyLLaVA-Video does with
-    SigLIP (which has none), the top left patch: 728 of 729 stay.
+    Layers beyond `feature_layer` are not run. `drop_first_patch` leaves out position 0: CLIP's
+    and DINOv2's class token, or, as TinyLLaVA-Video does with SigLIP (which has none), the top
+    left patch: 728 of 729 stay.
     """
-    states = encoder(pixels.to(encoder.dtype), output_hidden_states=True).hidden_states
-    return states[feature_layer][:, 1:] if drop_first_patch else states[feature_layer]
+    if isinstance(encoder, MixtureEncoder):
+        return torch.cat(
+            [encode_frames(e, pixels, feature_layer, drop_first_patch) for e in encoder.encoders],
+            dim=-1,
+        )  # (T, N, D_1 + D_2)
+    with _first_layers(encoder, feature_layer) as seen:
+        encoder(pixels.to(encoder.dtype))
+    return seen[0][:, 1:] if drop_first_patch else seen[0]
+
+
+@contextmanager
+def _first_layers(encoder, feature_layer: int):
+    """The encoder cut after the layer whose output is wanted; yields the list it will be put in.
+
+    hidden_states[k] is the output of layer k - 1; [0] is what the first layer is given.
+    """
+    stack, name, layers = _find_layers(encoder)
+    count = feature_layer + len(layers) + 1 if feature_layer < 0 else feature_layer
+    if not 0 <= count <= len(layers):
+        raise ValueError(f"feature_layer = {feature_layer}: the encoder has {len(layers)} layers, "
+                         f"so it must lie in [{-len(layers) - 1}, {len(layers)}]")
+    seen = []
+    hook = stack.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    setattr(stack, name, layers[:count])
+    try:
+        yield seen
+    finally:
+        setattr(stack, name, layers)
+        hook.remove()
+
+
+def _find_layers(encoder):
+    """The module that runs an encoder's layers one after the other, and the list of them."""
+    for stack in encoder.modules():
+        for name, child in stack.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == encoder.config.num_hidden_layers:
+                return stack, name, child
+    raise ModelFolderError(f"vision_dir: a {encoder.config.model_type!r} model has no list of "
+                           "layers to read features from; CLIP, SigLIP and DINOv2 have one")
 
 
 def trace_encoder(config, feature_layer: int = -2, drop_first_patch: bool = False):

@@ -1,0 +1,69 @@
+"""What published designs cost, against the numbers of the papers and of their checkpoints."""
+
+import pytest
+
+from tlv.designs import (
+    ENCODERS,
+    LLMS,
+    count_parameters,
+    count_tokens,
+    make_design,
+    tabulate_designs,
+)
+
+CLIP, SIGLIP, DINO, MIXTURE = ENCODERS
+TINYLLAMA, STABLELM, PHI, GEMMA, QWEN_HALF, QWEN = LLMS
+
+
+@pytest.mark.parametrize(
+    "encoder, llm, connector, total",
+    [
+        (SIGLIP, QWEN, dict(connector_type="group_resampler"), 3_629_878_336),
+        (SIGLIP, QWEN, dict(connector_type="naive_resampler"), 3_630_861_376),
+        (SIGLIP, PHI, dict(connector_type="naive_resampler"), 3_385_238_080),
+        (SIGLIP, GEMMA, dict(connector_type="group_resampler"), 3_050_112_064),
+    ],
+)
+def test_totals_of_the_published_checkpoints(encoder, llm, connector, total):
+    assert count_parameters(make_design(encoder, llm, **connector))["total"] == total
+
+
+@pytest.mark.parametrize(
+    "llm, billions",
+    [(TINYLLAMA, 1.1), (STABLELM, 1.6), (PHI, 2.8), (GEMMA, 2.5), (QWEN_HALF, 0.5), (QWEN, 3.1)],
+)
+def test_llms_are_as_large_as_their_names_say(llm, billions):
+    counts = count_parameters(make_design(CLIP, llm, connector_type="linear"))
+    assert round(counts["llm"] / 1e9, 1) == billions
+    assert counts["vision"] == 303_507_456  # 0.3 billion
+
+
+@pytest.mark.parametrize(
+    "encoder, connector, num_frames, tokens",
+    [
+        (CLIP, "mlp2x_gelu", 1, 576),
+        (SIGLIP, "mlp2x_gelu", 1, 729),
+        (DINO, "linear", 1, 37 * 37),
+        (MIXTURE, "mof_mlp", 1, 1152),
+        (SIGLIP, "group_resampler", 16, 512),
+        (SIGLIP, "frame_resampler", 16, 512),
+        (CLIP, "naive_resampler", 64, 512),
+        (CLIP, "mlp2x_gelu", 16, 16 * 576),
+    ],
+)
+def test_tokens_of_a_picture_and_of_clips(encoder, connector, num_frames, tokens):
+    assert count_tokens(make_design(encoder, QWEN, connector_type=connector), num_frames) == tokens
+
+
+def test_siglip_without_its_first_patch_gives_728_tokens():
+    design = make_design(SIGLIP, QWEN, connector_type="linear", drop_first_patch=True)
+    assert count_tokens(design, 1) == 728
+
+
+def test_the_table_of_designs_counts_what_building_each_would_give():
+    table = tabulate_designs()
+    assert list(table) == list(ENCODERS) and set(table[CLIP]) == {"tokens", *LLMS}
+    assert [row["tokens"] for row in table.values()] == [576, 729, 1369, 1152]
+    for encoder, connector in ((SIGLIP, "mlp2x_gelu"), (MIXTURE, "mof_mlp")):
+        design = make_design(encoder, QWEN_HALF, connector_type=connector)
+        assert table[encoder][QWEN_HALF] == count_parameters(design)["total"]

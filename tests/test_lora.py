@@ -1,0 +1,131 @@
+"""Adapters: trained alone, saved as PEFT has them, merged, and gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from toy_manifest import make_world
+
+from tlv import train
+from tlv.config import ConfigError, TrainConfig
+from tlv.lora import add_adapters, target_names
+from tlv.model import load_model
+from tlv.pretrained import ModelFolderError
+from tlv.runlog import read_log
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), 6)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def start_dir(request, build_tiny, tmp_path, llm_dir):
+    """A saved model whose LLM's head is, or is not, its embeddings."""
+    model, processor = build_tiny()
+    if request.param == "untied":
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(torch.randn_like(head.weight) * 0.2)
+        for config in (model.config, model.config.text_config, model.language_model.config):
+            config.tie_word_embeddings = False
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def configure(start_dir, world, tmp_path):
+    def make(name, **changes):
+        values = dict(
+            model_dir=str(start_dir), data=str(world / "data.json"), videos_dir=str(world),
+            out_dir=str(tmp_path / name), num_steps=3, trainable=("connector", "llm"),
+            lora=("llm",), lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, lr_connector=1e-3,
+            lr_llm=1e-2, micro_batch_size=2, device="cpu", decode_timeout_s=None)  # fmt: skip
+        return TrainConfig(**(values | changes))
+
+    return make
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def first_loss(config):
+    return read_log(Path(config.out_dir) / "log.jsonl")[0]["loss"]
+
+
+def test_adapters_train_alone_and_the_checkpoint_is_merged(configure, start_dir):
+    config = configure("out")
+    train.train(config)
+    before, after = weights(start_dir), weights(Path(config.out_dir) / "checkpoint")
+    assert set(before) == set(after)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    matrices = {n for n in before if n.startswith("language_model.") and "_proj.weight" in n}
+    assert {n for n in changed if n.startswith("language_model.")} == matrices
+    assert not any(n.startswith("vision_encoder.") for n in changed)
+    base, _ = load_model(start_dir)
+    adapter = Path(config.out_dir) / "adapter"
+    theirs = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    assert all(torch.allclose(theirs[n], after[n], atol=1e-6) for n in matrices)
+    report = json.loads((Path(config.out_dir) / "report.json").read_text())
+    assert 0 < report["trained_parameters"]["llm"] < sum(before[n].numel() for n in matrices)
+
+
+def test_going_on_starts_where_the_merged_model_stands(configure):
+    first = configure("first", trainable=("llm",), lr_connector=None)
+    train.train(first)
+    on = configure("on", trainable=("llm",), lr_connector=None, num_steps=1,
+                   adapter_dir=str(Path(first.out_dir) / "adapter"))  # fmt: skip
+    merged = configure("merged", model_dir=str(Path(first.out_dir) / "checkpoint"), num_steps=1)
+    untrained = configure("untrained", num_steps=1)
+    for config in (on, merged, untrained):
+        train.train(config)
+    assert first_loss(on) == pytest.approx(first_loss(merged), rel=1e-5)
+    assert abs(first_loss(on) - first_loss(untrained)) > 1e-4
+
+
+def test_zero_3_gives_the_same_adapters(configure):
+    plain, sharded = configure("a"), configure("b", zero_config="params/deepspeed_zero3.json")
+    for config in (plain, sharded):
+        train.train(config)
+    a, b = (load_file(Path(c.out_dir) / "adapter/adapter_model.safetensors") for c in
+            (plain, sharded))  # fmt: skip
+    assert set(a) == set(b) and all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+def test_targets_are_the_matrices_of_the_layers(tiny):
+    names = target_names(tiny[0], ("llm",))
+    assert len(names) == 2 * 7 and not any("lm_head" in n for n in names)
+    assert len(target_names(tiny[0], ("vision",))) == 3 * 6
+
+
+def test_another_models_adapter_is_refused(tiny, tmp_path):
+    options = dict(rank=4, alpha=8, dropout=0.0, adapter_dir=tmp_path)
+    with pytest.raises(ModelFolderError, match="no adapter_model.safetensors in it"):
+        add_adapters(tiny[0], ("llm",), **options)
+
+
+def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
+    name = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(2, 32)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelFolderError, match="not this model's adapter; 28 of its weights diff"):
+        add_adapters(tiny[0], ("llm",), rank=4, alpha=8, dropout=0.0, adapter_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(trainable=("connector",), lr_llm=None), "lora names 'llm', which trainable does not"),
+        (dict(lora=(), adapter_dir="x"), "adapter_dir = 'x' needs lora"),
+        (dict(lora_rank=0), "lora_rank = 0 must be > 0"),
+        (dict(vision_from=0.5), "vision_from = 0.5 but trainable does not name 'vision'"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, message, configure):
+    with pytest.raises(ConfigError, match=message):
+        configure("out", **changes)

@@ -1,0 +1,116 @@
+"""Label masks against the published rule, on 200 made-up conversations per template.
+
+The rule below is TinyLLaVA Factory's: it counts tokens of rounds that are cut at the end token, and
+gives a sample up where the counts do not add up. Ours reads offsets. Where the published rule keeps
+a sample, both must agree; where it gives up, ours must still be right.
+"""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tlv.chat import IGNORE_INDEX, TEMPLATES, encode, prepare_tokenizer, render
+
+SEPARATOR = " ASSISTANT: "
+WORDS = ["cat", "dog", "park", "runs", "the", "a", "3", "42", "no", "yes.", "l'été", "日本", "USER",
+         "red", "blue,", "(two)", "first", "🎬"]  # fmt: skip
+# template: special tokens, has a BOS
+TOKENIZERS = {
+    "phi": (dict(eos_token="<|endoftext|>", unk_token="<|endoftext|>"), False),
+    "qwen2_base": (dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>"), False),
+    "qwen2_instruct": (dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"), False),
+    "llama": (dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"), True),
+    "gemma": (dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"), True),
+}
+
+
+def make_tokenizer(template):
+    special, has_bos = TOKENIZERS[template]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    rng = np.random.default_rng(0)
+    corpus = [render([(words(rng), words(rng))] * 2, template) for _ in range(50)]
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=list(dict.fromkeys(special.values())), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    if has_bos:
+        bos = special["bos_token"]
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    return prepare_tokenizer(tokenizer, template)
+
+
+def words(rng, low=1, high=7):
+    return " ".join(rng.choice(WORDS, size=rng.integers(low, high)))
+
+
+def conversation(rng):
+    turns = [(words(rng), words(rng, 0)) for _ in range(rng.integers(1, 5))]
+    if rng.random() < 0.1:  # an answer that quotes the separator
+        turns[-1] = (turns[-1][0], words(rng) + SEPARATOR + words(rng))
+    return [(f"<video>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+
+
+def published_labels(prompt, ids, tokenizer, stop, has_bos):
+    """Labels of `ids` by the published rule, and whether it gave the sample up."""
+    bos = int(has_bos)
+
+    def count(text):
+        return len(tokenizer(text).input_ids)
+
+    labels = list(ids)
+    total = sum(token != tokenizer.pad_token_id for token in ids)
+    if tokenizer.pad_token == stop:
+        total += prompt.count(stop)
+    place = bos
+    labels[:place] = [IGNORE_INDEX] * place
+    for part in prompt.split(stop):
+        halves = part.split(SEPARATOR)
+        if not part or len(halves) != 2:
+            break
+        masked = count(halves[0] + SEPARATOR) - 1 - bos
+        labels[place : place + masked] = [IGNORE_INDEX] * masked
+        place += count(part) - bos + 1
+    labels[place:] = [IGNORE_INDEX] * (len(labels) - place)
+    if place != total:
+        return [IGNORE_INDEX] * len(labels), True
+    return labels, False
+
+
+@pytest.mark.parametrize("template", TOKENIZERS)
+def test_masks_equal_the_published_rule(template):
+    tokenizer, (_, has_bos) = make_tokenizer(template), TOKENIZERS[template]
+    rng, stop, num_given_up, num_quoting = np.random.default_rng(1), TEMPLATES[template].stop, 0, 0
+    for _ in range(200):
+        turns = conversation(rng)
+        row, prompt = encode(turns, template, tokenizer, 1), render(turns, template)
+        wanted, given_up = published_labels(prompt, row["input_ids"], tokenizer, stop, has_bos)
+        is_quoting = SEPARATOR in turns[-1][1]
+        assert given_up == is_quoting
+        num_given_up, num_quoting = num_given_up + given_up, num_quoting + is_quoting
+        if not given_up:
+            assert row["labels"] == wanted
+        learnt = tokenizer.decode([i for i in row["labels"] if i != IGNORE_INDEX])
+        assert learnt == "".join(f" {answer}{stop}" for _, answer in turns)
+    assert 5 < num_given_up == num_quoting < 50
+
+
+def test_rendered_strings_of_every_published_template():
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+    )
+    stops = {"phi": "<|endoftext|>", "qwen2_base": "<|endoftext|>", "qwen2_instruct": "<|im_end|>",
+             "llama": "</s>", "gemma": "<eos>"}  # fmt: skip
+    turns = [("<video>\nWhat is it?", "A cat."), ("Is it red?", "no")]
+    for template, stop in stops.items():
+        assert render(turns, template) == (
+            f"{system}USER: <video>\nWhat is it? ASSISTANT: A cat.{stop}"
+            f"USER: Is it red? ASSISTANT: no{stop}"
+        )
+        assert render([("Is it red?", None)], template) == f"{system}USER: Is it red? ASSISTANT:"
+    assert render(turns[:1], "pretrain") == "<video>A cat.\n"

@@ -1,0 +1,269 @@
+"""Published checkpoints -> our Hugging Face folder: `python -m tlv.convert SOURCE OUT`
+
+Reads TinyLLaVA-Video's and TinyLLaVA Factory's flat folders, the three folders of a pretraining
+run, LoRA output, and TinyLLaVABench's layout. Every weight is accounted for: what the output never
+sees may be missing, all else that is missing, left over or of another shape is an error. Nothing
+is unpickled, downloaded or run from the folder. Taught in notebook 02.
+"""
+
+import argparse
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tlv.chat import TEMPLATES, prepare_tokenizer, video_token_id
+from tlv.checkpoint import publish
+from tlv.config import ConfigError, load_json
+from tlv.designs import ENCODERS
+from tlv.model import (
+    TlvConfig,
+    TlvForConditionalGeneration,
+    build_processor,
+    make_generation_config,
+)
+from tlv.pretrained import ModelFolderError, read_config
+from tlv.published import LEGACY_LLMS, collect, find_layout, rename
+from tlv.vision import vision_part
+
+LOG = logging.getLogger(__name__)
+
+CONNECTOR_NAMES = {  # published: ours, and whether it is made for videos
+    "groupresampler": ("group_resampler", True),
+    "naiveresampler": ("naive_resampler", True),
+    "resamplerwithpe": ("naive_resampler", True),  # its name before March 2025
+    "resampler": ("resampler", False),
+    "identity": ("identity", False),
+    "linear": ("linear", False),
+    "mof_mlp": ("mof_mlp", False),
+    **{f"mlp{n}x_gelu": (f"mlp{n}x_gelu", False) for n in range(1, 10)},
+}
+TEMPLATES_OF = {  # of a language model: the first whose stop is the tokenizer's end token
+    "qwen2": ("qwen2_base", "qwen2_instruct"),
+    "phi": ("phi",),
+    "stablelm": ("phi",),
+    "gemma": ("gemma",),
+    "llama": ("llama",),
+}
+LEGACY_ENCODERS = {
+    **{name: name for name in ENCODERS},
+    "bczhou/TinyLLaVA-1.5B-SigLIP": "google/siglip-so400m-patch14-384",
+    "bczhou/TinyLLaVA-2.0B-SigLIP": "google/siglip-so400m-patch14-384",
+    "bczhou/TinyLLaVA-3.1B-SigLIP": "google/siglip-so400m-patch14-384",
+}
+# Buffers of old versions of transformers, computed anew when a model is made.
+IGNORED = re.compile(r"\.(position_ids|inv_freq|masked_bias|attn\.bias)$")
+
+
+# ---- config ---------------------------------------------------------------------------------
+
+
+def read_vision_config(source: Path, raw: dict, layout: str, vision_dir=None, second_dir=None):
+    """The encoder's config: that of the checkpoint, of the folders given, or by published name."""
+    if vision_dir is not None:
+        config = vision_part(read_config(vision_dir, "vision_dir"))
+    elif layout == "legacy":
+        name = raw.get("mm_vision_tower")
+        if name not in LEGACY_ENCODERS:
+            raise ModelFolderError(f"{source}: mm_vision_tower {name!r} is unknown; give the "
+                                   "encoder's folder as vision_dir (its config.json is read)")
+        config = AutoConfig.for_model(**ENCODERS[LEGACY_ENCODERS[name]])
+    else:
+        names = ("model_name_or_path", "model_name_or_path2")
+        fields = {k: v for k, v in raw["vision_config"].items() if k not in names}
+        config = AutoConfig.for_model(**fields)
+    if raw.get("vision_model_name_or_path2") and second_dir is None:
+        raise ModelFolderError(f"{source}: its encoder is a mixture with "
+                               f"{raw['vision_model_name_or_path2']!r}, whose config it does not "
+                               "hold; give that folder as second_vision_dir")
+    if second_dir is not None:
+        second = vision_part(read_config(second_dir, "second_vision_dir"))
+        config = AutoConfig.for_model("tlv_mixture", first_config=config, second_config=second)
+    return config
+
+
+def read_text_config(raw: dict, layout: str):
+    """The language model's config, which legacy folders spread over their own."""
+    fields = dict(raw if layout == "legacy" else raw["text_config"])
+    kind = LEGACY_LLMS[raw["architectures"][0]] if layout == "legacy" else fields["model_type"]
+    unwanted = ("model_type", "architectures", "_name_or_path", "torch_dtype", "auto_map")
+    wanted = {k: v for k, v in fields.items() if k not in unwanted and not k.startswith("mm_")}
+    return AutoConfig.for_model(kind, **wanted)
+
+
+def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_vision_dir=None,
+                     template=None, **fields) -> TlvConfig:
+    """A published config.json as ours. `fields` of TlvConfig, such as num_frames, win."""
+    vision = read_vision_config(source, raw, layout, vision_dir, second_vision_dir)
+    text, prefix = read_text_config(raw, layout), "mm_" if layout == "legacy" else ""
+    published = raw.get("mm_projector_type" if layout == "legacy" else "connector_type")
+    if published not in CONNECTOR_NAMES:
+        raise ModelFolderError(f"{source}: connector {published!r} is unknown; known are "
+                               f"{', '.join(CONNECTOR_NAMES)}")
+    connector, is_video = CONNECTOR_NAMES[published]
+    layer, select = (
+        ("mm_vision_select_layer", "mm_vision_select_feature") if prefix
+        else ("vision_feature_layer", "vision_feature_select_strategy")
+    )  # fmt: skip
+    is_siglip = vision.model_type == "siglip_vision_model"
+    drops = raw.get(select, "patch") == "patch" and not (layout == "legacy" and is_siglip)
+    modes = {"square": "square" if is_siglip else "crop", "pad": "pad"}
+    shape = raw.get("image_aspect_ratio", "square")
+    if shape not in modes:
+        raise ModelFolderError(f"{source}: image_aspect_ratio {shape!r} is not supported; "
+                               f"published models use {', '.join(modes)}")
+    carried = dict(
+        connector_type=connector, num_queries=raw.get("num_queries") or 128,
+        num_groups=raw.get("group") or 1,
+        num_resampler_layers=raw.get("num_resampler_layers") or 3,
+        vision_feature_layer=raw.get(layer, -2), drop_first_patch=drops, image_mode=modes[shape],
+        max_seq_len=raw.get("tokenizer_model_max_length") or 2048,
+        num_frames=16 if is_video else 1, template=template or find_template(text, tokenizer),
+    )  # fmt: skip
+    tokenizer = prepare_tokenizer(tokenizer, carried["template"], str(source))
+    return TlvConfig(vision_config=vision, text_config=text,
+                     video_token_id=video_token_id(tokenizer), **(carried | fields))
+
+
+def find_template(text_config, tokenizer) -> str:
+    """The template that a language model was trained with: its family's, by its end token."""
+    names = TEMPLATES_OF.get(text_config.model_type, ())
+    fitting = [name for name in names if TEMPLATES[name].stop == tokenizer.eos_token]
+    if not fitting:
+        raise ModelFolderError(f"no template is known for a {text_config.model_type!r} model whose "
+                               f"end token is {tokenizer.eos_token!r}; name one of "
+                               f"{', '.join(TEMPLATES)} as template")
+    return fitting[0]
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+
+def unseen_names(config: TlvConfig) -> re.Pattern:
+    """Names that may be missing, since the output never sees them: of the vision encoder the
+    layers beyond the one that is read, the final norm, the pooling head, the mask token."""
+    parts = getattr(config.vision_config, "parts", (config.vision_config,))
+    patterns = []
+    for number, part in enumerate(parts):
+        count = part.num_hidden_layers
+        layer = config.vision_feature_layer
+        first = layer + count + 1 if layer < 0 else layer
+        rest = "|".join(str(i) for i in range(first, count)) or "none"
+        prefix = rf"vision_encoder\.(encoders\.{number}\.)?"
+        patterns.append(rf"{prefix}(encoder\.layers?\.({rest})\.|post_layernorm\.|layernorm\.|head\."
+                        r"|embeddings\.mask_token$)")  # fmt: skip
+    return re.compile("|".join(patterns))
+
+
+def match(config: TlvConfig, found: dict[str, torch.Tensor], source) -> dict[str, torch.Tensor]:
+    """The weights of our model, every one accounted for. Raises ModelFolderError."""
+    with torch.device("meta"):
+        wanted = TlvForConditionalGeneration(config).state_dict()
+    weights = {rename(k): v for k, v in found.items() if not IGNORED.search(k)}
+    head, embeddings = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    if config.tie_word_embeddings:
+        if head in weights and not torch.equal(weights[head], weights.get(embeddings)):
+            raise ModelFolderError(f"{source}: its config ties the LLM's head to its embeddings, "
+                                   "but they differ")
+        weights.pop(head, None)
+        wanted.pop(head, None)
+    unseen = unseen_names(config)
+    missing = [k for k in wanted if k not in weights and not unseen.match(k)]
+    extra = [k for k in weights if k not in wanted]
+    other = [f"{k} is {tuple(weights[k].shape)} and not {tuple(wanted[k].shape)}"
+             for k in wanted if k in weights and weights[k].shape != wanted[k].shape]
+    for what, names in (("missing", missing), ("unknown", extra), ("of another shape", other)):
+        if names:
+            raise ModelFolderError(f"{source}: {len(names)} weights are {what}: "
+                                   f"{', '.join(names[:4])}{' ...' * (len(names) > 4)}")
+    zeros = [k for k in wanted if k not in weights]
+    if zeros:
+        LOG.info(f"{len(zeros)} weights that the output never sees are not there, and become zeros")
+    dtype = weights[embeddings].dtype
+    return {k: weights.get(k, torch.zeros(v.shape, dtype=dtype)) for k, v in wanted.items()}
+
+
+# ---- the whole ------------------------------------------------------------------------------
+
+
+def make_image_processor(vision_config):
+    """The pixels that a published encoder was trained with, which a checkpoint does not hold."""
+    vision = getattr(vision_config, "first_config", vision_config)
+    side = vision.image_size
+    square = {"height": side, "width": side}
+    if vision.model_type == "siglip_vision_model":
+        return SiglipImageProcessorPil(size=square)
+    processor = {"clip_vision_model": CLIPImageProcessorPil, "dinov2": BitImageProcessorPil}
+    if vision.model_type not in processor:
+        raise ModelFolderError(f"no image processor is known for {vision.model_type!r}; known are "
+                               f"siglip_vision_model, {', '.join(processor)}")
+    means = {}
+    if vision.model_type == "dinov2":
+        means = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    return processor[vision.model_type](size={"shortest_edge": side}, crop_size=square, **means)
+
+
+def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_dir=None,
+            template=None, **fields) -> TlvConfig:
+    """Write the published checkpoint `source` as the folder `out`, which `load_model` reads.
+
+    Frames, template, feature layer and patch flag are carried over or follow from the checkpoint;
+    `fields` of TlvConfig overrule them. Returns the config. Raises ModelFolderError.
+    """
+    source, out = Path(source), Path(out)
+    try:
+        layout = find_layout(source)
+        raw = load_json(source / "config.json")
+    except ConfigError as error:
+        raise ModelFolderError(str(error)) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or source, local_files_only=True)
+    except Exception as error:
+        raise ModelFolderError(f"{tokenizer_dir or source}: no tokenizer in it; give the language "
+                               "model's folder as tokenizer_dir") from error
+    config = translate_config(
+        source, raw, layout, tokenizer, vision_dir=vision_dir,
+        second_vision_dir=second_vision_dir, template=template, **fields,
+    )  # fmt: skip
+    weights = match(config, collect(source, layout), source)
+    config.dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        model = TlvForConditionalGeneration(config)
+    model.generation_config = make_generation_config(config, tokenizer)
+    images = make_image_processor(config.vision_config)
+    processor = build_processor(config, model.connector, images, tokenizer)
+    draft = out.with_name(out.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft, state_dict=weights)
+    processor.save_pretrained(draft)
+    publish(draft, out)
+    return config
+
+
+def main(arguments=None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tlv.convert", description=__doc__)
+    parser.add_argument("source", help="the published checkpoint's folder")
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--vision-dir", help="the encoder's folder, where its config is not inside")
+    parser.add_argument("--second-vision-dir", help="of a mixture")
+    parser.add_argument("--tokenizer-dir", help="the LLM's folder, where no tokenizer is inside")
+    parser.add_argument("--template", help="overrules the one that follows from the LLM")
+    parser.add_argument("--num-frames", type=int, help="of a clip; 16 for video connectors, else 1")
+    options = vars(parser.parse_args(arguments))
+    options = {key: value for key, value in options.items() if value is not None}
+    config = convert(options.pop("source"), options.pop("out"), **options)
+    print(json.dumps({key: getattr(config, key) for key in (
+        "connector_type", "template", "num_frames", "vision_feature_layer", "drop_first_patch",
+        "image_mode", "max_seq_len")}, indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

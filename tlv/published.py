@@ -1,0 +1,144 @@
+"""Published checkpoint folders: which layout one has, and its weights under our names.
+
+Layouts: "flat" (TinyLLaVA-Video, TinyLLaVA Factory), "parts" (three folders, of a pretraining run),
+"lora" (three folders and an adapter), "legacy" (TinyLLaVABench). Taught in notebook 02.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from tlv.config import load_json
+from tlv.pretrained import ModelFolderError
+
+LEGACY_LLMS = {
+    "TinyLlavaLlamaForCausalLM": "llama",
+    "TinyLlavaStablelmForCausalLM": "stablelm",
+    "TinyLlavaPhiForCausalLM": "phi",
+}
+LEGACY_PREFIXES = {
+    "model.vision_tower.vision_tower.": "vision_tower._vision_tower.",
+    "model.mm_projector.": "connector._connector.",
+    "lm_head.": "language_model.lm_head.",
+    "model.": "language_model.model.",
+}
+PARTS = {  # of a pretraining run: folder, and what its names stand below in a flat folder
+    "language_model": "language_model.",
+    "vision_tower": "vision_tower._vision_tower.",
+    "connector": "connector.",
+}
+
+
+# ---- what a folder is -----------------------------------------------------------------------
+
+
+def find_layout(source: Path) -> str:
+    """"lora", "parts", "legacy" or "flat". Raises ModelFolderError for another system's folder."""
+    if not (source / "config.json").is_file():
+        raise ModelFolderError(f"{source}: no config.json in it; a published TinyLLaVA or "
+                               "TinyLLaVA-Video folder is wanted")
+    raw = load_json(source / "config.json")
+    if (source / "adapter_config.json").is_file():
+        return "lora"
+    if all((source / part).is_dir() for part in PARTS):
+        return "parts"
+    if raw.get("model_type") == "tinyllava":
+        return "flat"
+    if set(raw.get("architectures") or []) & set(LEGACY_LLMS):
+        return "legacy"
+    raise ModelFolderError(
+        f"{source}: model_type {raw.get('model_type')!r} with architectures "
+        f"{raw.get('architectures')} is another system's; known are 'tinyllava' and "
+        f"{', '.join(LEGACY_LLMS)}"
+    )
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder: safetensors before .bin, sharded or not; shards must be complete."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{ending}.index.json"
+        files = sorted(set(load_json(index)["weight_map"].values())) if index.is_file() else []
+        files = files or [f"{stem}.{ending}"] * (folder / f"{stem}.{ending}").is_file()
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise ModelFolderError(f"{folder}: {index.name} names {', '.join(missing)}, which "
+                                   "is not there; the copy is unfinished")
+        if files:
+            return {k: v for name in files for k, v in _read_file(folder / name).items()}
+    raise ModelFolderError(f"{folder}: no weights in it (model.safetensors or pytorch_model.bin, "
+                           "or an index of several)")
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a torn file; or a pickle of more than tensors
+        raise ModelFolderError(f"{path}: not readable as tensors: {str(error)[:200]}") from error
+
+
+def collect(source: Path, layout: str) -> dict[str, torch.Tensor]:
+    """The weights of any layout under the names of a flat folder, adapters merged."""
+    if layout == "flat":
+        return read_weights(source)
+    if layout == "legacy":
+        return {_modernise(name): tensor for name, tensor in read_weights(source).items()}
+    weights = {}
+    for part, prefix in PARTS.items():
+        for name, tensor in read_weights(source / part).items():
+            weights[prefix + name.replace(".base_layer.", ".")] = tensor
+    if layout == "lora":
+        merge_adapter(source, weights)
+    return weights
+
+
+def _modernise(name: str) -> str:
+    for old, new in LEGACY_PREFIXES.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def merge_adapter(source: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Add each adapter's alpha / r * B A to its matrix, in float32."""
+    settings = load_json(source / "adapter_config.json")
+    if settings.get("use_rslora") or settings.get("use_dora"):
+        raise ModelFolderError(f"{source}: adapter_config.json asks for rslora or dora; plain LoRA "
+                               "is what TinyLLaVA Factory writes")
+    scale = settings["lora_alpha"] / settings["r"]
+    adapter = _read_file(source / "adapter_model.safetensors")
+    for name in [name for name in adapter if name.endswith(".lora_A.weight")]:
+        up = adapter[name.replace(".lora_A.", ".lora_B.")].float()
+        target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+        if target not in weights:
+            raise ModelFolderError(f"{source}: the adapter of {target} has no matrix to add to")
+        base = weights[target]
+        weights[target] = (base.float() + scale * up @ adapter[name].float()).to(base.dtype)
+
+
+def rename(name: str) -> str:
+    """A flat folder's name -> ours."""
+    if name.startswith("vision_tower._vision_tower."):
+        rest = name.removeprefix("vision_tower._vision_tower.")
+        for number, kind in enumerate(("clip.", "dinov2.")):  # a mixture
+            if rest.startswith(kind):
+                return f"vision_encoder.encoders.{number}." + _bare(rest.removeprefix(kind))
+        return "vision_encoder." + _bare(rest)
+    if name.startswith("connector._connector."):
+        rest = name.removeprefix("connector._connector.")
+        if rest in ("weight", "bias"):  # `linear` is a bare matrix
+            rest = f"0.{rest}"
+        rest = re.sub(r"^(\d+)\.(weight|bias)$", r"layers.\1.\2", rest)
+        return "connector." + re.sub(r"^clip\.", "mlps.0.", re.sub(r"^dinov2\.", "mlps.1.", rest))
+    return name
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("vision_model.")  # transformers 5 has no such level

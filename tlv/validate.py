@@ -1,0 +1,133 @@
+"""Is a data card's folder complete, and are its annotations usable? `python -m tlv.validate CARD`
+
+A card (data/*.json) names the parts that the pipeline reads: clips, LLaVA-form annotations, the
+encoder's and the LLM's folder. Everything is looked at before anything is trained, and every
+problem is named with its file, its sample and what would be right. Taught in notebook 01.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlv.chat import ConversationError, parse_conversation
+from tlv.config import ConfigError, load_json, resolve
+from tlv.pretrained import ModelFolderError, read_config
+from tlv.toy_data import CARD_KEYS
+from tlv.video import VideoError, read_image, sample_frames
+
+MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
+QUESTION_KEYS = ("id", "video", "type", "form", "question", "answer", "options", "unseen_pair")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one part of the data, or with one sample of it."""
+
+    part: str  # a key of the card
+    reason: str
+
+
+def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
+    """All problems of a card, and how many samples each part holds.
+
+    `decode` also reads a frame of every clip, which takes a while. ConfigError if the card itself
+    cannot be read.
+    """
+    card, problems, counts, seen = load_json(path), [], Counter(), {}
+    missing = [key for key in CARD_KEYS if not card.get(key)]
+    if missing:
+        raise ConfigError(f"{path}: lacks {', '.join(missing)}; a card names "
+                          f"{', '.join(CARD_KEYS)}")
+    videos = resolve(card["videos_dir"])
+    if not videos.is_dir():
+        problems.append(Problem("videos_dir", f"{videos}: no such folder"))
+    for part in ("vision_dir", "llm_dir"):
+        try:
+            read_config(resolve(card[part]), part)
+        except ModelFolderError as error:
+            problems.append(Problem(part, str(error)))
+    for part in (*MANIFESTS, "test_questions"):
+        check = _check_question if part == "test_questions" else _check_sample
+        try:
+            samples = load_json(resolve(card[part]))
+        except ConfigError as error:
+            problems.append(Problem(part, str(error)))
+            continue
+        if not isinstance(samples, list) or not samples:
+            problems.append(Problem(part, f"{card[part]}: must be a JSON list with some samples"))
+            continue
+        counts[part] = len(samples)
+        for number, sample in enumerate(samples):
+            try:
+                check(sample)
+                _check_visual(sample, videos, decode, seen)
+            except (ConversationError, ValueError) as error:
+                problems.append(Problem(part, f"#{number}: {error}"))
+    return problems, counts
+
+
+def _check_sample(sample) -> None:
+    if not isinstance(sample, dict):
+        raise ValueError(f"{sample!r:.60} is no JSON object")
+    parse_conversation(sample)
+
+
+def _check_question(question) -> None:
+    has = question if isinstance(question, dict) else {}
+    lacking = [key for key in QUESTION_KEYS if key not in has]
+    if lacking:
+        raise ValueError(f"lacks {', '.join(lacking)}; a question has {', '.join(QUESTION_KEYS)}")
+    if question["form"] not in ("free", "choice"):
+        raise ValueError(f"form {question['form']!r} must be 'free' or 'choice'")
+    letters = [chr(ord("A") + n) for n in range(len(question["options"]))]
+    if question["form"] == "choice" and question["answer"] not in letters:
+        raise ValueError(f"answer {question['answer']!r} must be one of the letters "
+                         f"{', '.join(letters)} of its {len(letters)} options")
+
+
+def _check_visual(sample, videos: Path, decode: bool, seen: dict) -> None:
+    """The sample's file is there and, with `decode`, gives a frame; each file is tried once."""
+    file = sample.get("video") or sample.get("image")
+    if file is None:
+        return
+    if file not in seen:
+        path, seen[file] = videos / file, ""
+        if not path.is_file():
+            seen[file] = f"{file}: not in videos_dir"
+        elif decode:
+            try:
+                if sample.get("video"):
+                    sample_frames(path, num_frames=1)
+                else:
+                    read_image(path)
+            except VideoError as error:
+                seen[file] = f"{file}: {error.reason}"
+    if seen[file]:
+        raise ValueError(seen[file])
+
+
+def main(arguments=None) -> int:
+    """Print what was found; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tlv.validate", description=__doc__)
+    parser.add_argument("card", help="such as data/own.json")
+    parser.add_argument("--decode", action="store_true", help="also read a frame of every clip")
+    options = parser.parse_args(arguments)
+    try:
+        problems, counts = check_card(options.card, options.decode)
+    except ConfigError as error:
+        print(error)
+        return 1
+    print(json.dumps(counts, indent=1))
+    for part, number in Counter(problem.part for problem in problems).items():
+        print(f"{part}: {number} problems, such as")
+        for problem in [p for p in problems if p.part == part][:3]:
+            print(f"  {problem.reason}")
+    print("no problems" if not problems else f"{len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
