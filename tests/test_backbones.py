@@ -33,13 +33,13 @@ def test_siglip_loss_equals_the_sum_over_pairs():
 
 
 def test_captions_are_true_of_the_frames_that_show_them():
-    facts = [[("small", "red", "ring", "top")], [("large", "red", "bar", "left")], []]
+    facts = [[("small", "red", "ring", "north")], [("large", "red", "bar", "west")], []]
     captions, truth = corpus.write_captions(facts)
     rows = dict(zip(captions, truth.tolist(), strict=True))
-    assert rows["small red ring top"] == [True, False, False]
+    assert rows["small red ring north"] == [True, False, False]
     assert rows["nothing"] == [False, False, True]
     assert rows["red"] == [True, True, False]
-    assert rows["top"] == [True, False, False] and rows["top left"] == [False, False, False]
+    assert rows["north"] == [True, False, False] and rows["northwest"] == [False, False, False]
 
 
 def test_the_corpora_hold_no_held_out_pair():
@@ -74,7 +74,7 @@ def test_every_skill_that_is_taught_alone_is_asked_in_both_forms():
 
 def test_the_longest_caption_fits_into_the_text_tower(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "vision")
-    longest = questions.frame_caption([("large", "purple", "circle", "bottom right")] * 3)
+    longest = questions.frame_caption([("large", "purple", "circle", "southeast")] * 3)
     assert len(tokenizer(longest).input_ids) <= backbones.TEXT_LENGTH
 
 

@@ -73,7 +73,7 @@ def test_slow_small_and_colour_only_motion_stays(tmp_path):
     slow = defects.look_alike(rng, "slow", scene())
     assert filters.is_moving(write(tmp_path / "slow.mp4", slow), 30)[0]
     dot = world.Thing("purple", "circle", "small", 20.0, 20.0)
-    change = world.Event("changes colour", 0, 20, "blue")
+    change = world.Event("changes colour", 0, 20, 40, "blue")
     only = world.Scene(40, (dot,), (change,))
     assert filters.is_moving(write(tmp_path / "colour.mp4", only), 30)[0]
 
@@ -100,7 +100,7 @@ def test_one_small_change_of_colour_is_no_copy(tmp_path):
     dot = world.Thing("purple", "circle", "small", 20.0, 20.0, "right", 1.5)
     one, other = (
         world.Scene(40, (dot,)),
-        world.Scene(40, (dot,), (world.Event("changes colour", 0, 36, "blue"),)),
+        world.Scene(40, (dot,), (world.Event("changes colour", 0, 36, 40, "blue"),)),
     )
     clips = {"a": write(tmp_path / "a.mp4", one), "b": write(tmp_path / "b.mp4", other)}
     assert filters.find_copies(clips, clips, max_distance=80) == {}
@@ -152,11 +152,15 @@ def test_malformed_conversations_go_with_their_reason():
 
 def test_outliers_are_measured_by_the_pool_itself():
     values = {str(i): v for i, v in enumerate([1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 9.0, -9.0])}
+    low, high = np.quantile(list(values.values()), [0.25, 0.75])
+    assert high + 6 * (high - low) == pytest.approx(2.625)
     assert list(filters.find_outliers(values, "above", 6)) == ["6"]
     assert list(filters.find_outliers(values, "below", 6)) == ["7"]
     scaled = {k: 1000 * v for k, v in values.items()}
     assert list(filters.find_outliers(scaled, "above", 6)) == ["6"]
     assert filters.find_outliers({}, "above", 6) == {}
+    two_kinds = {str(i): v for i, v in enumerate([1.0, 1.1, 1.2] * 10 + [2.2, 2.3] * 10 + [5.1])}
+    assert list(filters.find_outliers(two_kinds, "above", 1.5)) == ["50"]
     with pytest.raises(ValueError, match="sideways"):
         filters.find_outliers(values, "sideways", 6)
 

@@ -54,13 +54,16 @@ def test_things_appear_leave_and_change_colour_at_their_frame():
         world.Thing("red", "circle", "small", 20, 20),
         world.Thing("blue", "bar", "large", 40, 50),
     )
-    events = (world.Event("appears", 0, 4), world.Event("changes colour", 1, 6, "green"))
+    events = (world.Event("appears", 0, 4, 8), world.Event("changes colour", 1, 6, 9, "green"))
     scene = world.Scene(10, things, events)
     frames = world.render(scene)
     assert tuple(frames[3, 20, 20]) == scene.background
     assert tuple(frames[4, 20, 20]) == world.COLOURS["red"]
     assert tuple(frames[5, 50, 40]) == world.COLOURS["blue"]
-    assert tuple(frames[6, 50, 40]) == world.COLOURS["green"]
+    assert tuple(frames[6, 50, 40]) == tuple(frames[8, 50, 40]) == world.COLOURS["green"]
+    assert tuple(frames[9, 50, 40]) == world.COLOURS["blue"]
+    assert tuple(frames[7, 20, 20]) == world.COLOURS["red"]
+    assert tuple(frames[8, 20, 20]) == scene.background
 
 
 def test_things_never_touch_and_something_always_happens(scenes):
@@ -71,6 +74,17 @@ def test_things_never_touch_and_something_always_happens(scenes):
             for b in scene.things[i + 1 :]:
                 reach = world.SIZES[a.size] + world.SIZES[b.size]
                 assert world.torus_distance(a, b, frames).min() > reach
+
+
+def test_events_pass_one_after_the_other_and_each_falls_on_a_sampled_frame(scenes):
+    found = [scene for scene in scenes if scene.events]
+    assert len(found) > 100
+    for scene in found:
+        first, second = scene.events
+        assert first.kind == second.kind and first.thing != second.thing
+        assert 0 < first.frame < first.until <= second.frame < second.until < scene.num_frames
+        frames = np.linspace(0, scene.num_frames - 1, 8, dtype=int)
+        assert first.is_on(frames).any() and second.is_on(frames).any()
 
 
 def test_number_and_size_of_things_and_place_are_not_skewed_by_redrawing(scenes):
@@ -105,7 +119,8 @@ THINGS = (
 
 
 def test_answers_follow_from_the_scene():
-    scene = world.Scene(20, THINGS, (world.Event("leaves", 1, 8), world.Event("leaves", 0, 16)))
+    events = world.Event("leaves", 1, 8, 12), world.Event("leaves", 0, 16, 20)
+    scene = world.Scene(20, THINGS, events)
     asked = questions.ask(scene, np.random.default_rng(0))
     answers = {q.type: q.answer for q in asked}
     assert answers["order"] == "the blue bar"
@@ -113,21 +128,23 @@ def test_answers_follow_from_the_scene():
     assert answers["count"] == "two"
     assert questions.caption(scene) == (
         # seen last in frame 15, at x = 15
-        "A small red circle moves left from top to top left and a large blue bar stays still at "
-        "centre. First the blue bar leaves, then the red circle leaves."
+        "A small red circle moves left from north to northwest and a large blue bar stays still "
+        "in the centre. First the blue bar leaves, then the red circle leaves."
     )
 
 
 def test_nothing_is_asked_that_has_no_one_answer():
     ring = world.Thing("green", "ring", "small", 10, 50)
     changes = (
-        world.Event("changes colour", 0, 8, "white"), world.Event("changes colour", 1, 12, "purple")
+        world.Event("changes colour", 0, 8, 20, "white"),
+        world.Event("changes colour", 1, 12, 20, "purple"),
     )  # fmt: skip
     asked = questions.ask(world.Scene(20, (*THINGS, ring), changes), np.random.default_rng(0))
     told = {q.text: q.answer for q in asked}
     assert "What colour is the circle?" not in told and told["What colour is the ring?"] == "green"
-    assert told["Where is the green ring at the end?"] == "bottom left"  # the circle is white then
-    late = world.Scene(20, THINGS, (world.Event("appears", 0, 12), world.Event("appears", 1, 16)))
+    assert told["Where is the green ring at the end?"] == "southwest"  # the circle is white then
+    events = world.Event("appears", 0, 12, 20), world.Event("appears", 1, 16, 20)
+    late = world.Scene(20, THINGS, events)
     asked = questions.ask(late, np.random.default_rng(0))
     places = {q.text: q.answer for q in asked if q.type == "place"}
     assert set(places) < {f"Where is the {thing.name} at the end?" for thing in THINGS}

@@ -35,6 +35,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>", "<video>")
 IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
+MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
 
@@ -135,7 +136,6 @@ def train_vision(
     width,
     num_layers,
     device,
-    lr=1e-3,
 ):
     """Train the SigLIP-form encoder on single frames and save its folder. Returns the losses."""
     rng, _ = np.random.default_rng([seed, 1]), torch.manual_seed(seed)
@@ -164,7 +164,7 @@ def train_vision(
     # from a hundred thousand, places would not be learnt at all.
     model.vision_model.embeddings.position_embedding.weight.data.normal_(std=0.5)
     losses = []
-    for step, optimizer in _steps(model, num_steps, lr):
+    for step, optimizers in _steps(model, num_steps):
         # One thing at a time first: what a word means is plain then. Later, how things combine.
         frames, facts = corpus.write_frames(rng, batch_size, 1 if step < num_steps // 5 else None)
         captions, truth = corpus.write_captions(facts)
@@ -180,7 +180,7 @@ def train_vision(
             )
         )
         loss = words + CAPTION_WEIGHT * whole
-        losses.append(_update(model, optimizer, loss))
+        losses.append(_update(model, optimizers, loss))
         if step % 100 == 0 or step == num_steps - 1:
             best = (out.text_embeds @ out.image_embeds.T)[:batch_size].argmax(1)
             hit = same[torch.arange(batch_size), best].float().mean()
@@ -202,7 +202,6 @@ def train_llm(
     num_layers,
     template,
     device,
-    lr=1e-3,
 ):
     """Train the Qwen2-form language model on texts and save its folder. Returns the losses."""
     rng, _ = np.random.default_rng([seed, 2]), torch.manual_seed(seed)
@@ -224,7 +223,7 @@ def train_llm(
     # Words on the scale of video tokens, which the resampler's LayerNorm and positions set to one.
     model.model.embed_tokens.weight.data.normal_(std=0.7)
     losses = []
-    for step, optimizer in _steps(model, num_steps, lr, hold=0.6):
+    for step, optimizers in _steps(model, num_steps, hold=0.6):
         lessons = [corpus.write_lesson(rng, step / num_steps) for _ in range(batch_size // 4)]
         rows = [
             isolate([chat.encode([turn], template, tokenizer) for turn in turns])
@@ -233,7 +232,7 @@ def train_llm(
         rows.sort(key=lambda row: len(row["input_ids"]))  # short ones together: less padding
         half = len(rows) // 2
         parts = rows[:half], rows[half:]
-        losses.append(_update(model, optimizer, _text_loss(model, parts)))
+        losses.append(_update(model, optimizers, _text_loss(model, parts)))
         if step % 100 == 0 or step == num_steps - 1:
             LOG.info(f"llm step {step}: loss {losses[-1]:.3f}")
     model.save_pretrained(Path(out_dir))
@@ -289,26 +288,36 @@ def _tokenize(tokenizer, captions):
     ).input_ids
 
 
-def _steps(model, num_steps, lr, hold: float = 0.0):
-    """AdamW with a short warm-up and a cosine, one step at a time.
+def _steps(model, num_steps, hold: float = 0.0):
+    """The optimizers, with a short warm-up and a cosine of their rates, one step at a time.
 
-    The rate stays at its peak for the share `hold` of the steps.
+    Muon for the matrices of the layers, AdamW for all else. The rates stay at their peak for the
+    share `hold` of the steps.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = {
+        torch.optim.Muon(
+            matrices, lr=MUON_LR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ): MUON_LR,
+        torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.98), weight_decay=0.01): ADAMW_LR,
+    }
     warmup = max(1, num_steps // 20)
     model.train()
     for step in range(num_steps):
         falling = max(0.0, step / num_steps - hold) / (1 - hold)
         share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * falling)))
-        optimizer.param_groups[0]["lr"] = lr * share
-        yield step, optimizer
+        for optimizer, peak in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peak * share
+        yield step, optimizers
 
 
-def _update(model, optimizer, loss) -> float:
-    optimizer.zero_grad()
+def _update(model, optimizers, loss) -> float:
+    model.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.item()
 
 

@@ -16,20 +16,21 @@ PHRASES = (  # the shortest captions
 
 
 LESSONS = (  # until which share of the training: what is taught, and how often
-    (0.13, {"letters": 1.0}),
-    (0.26, {"letters": 0.25, "frame": 0.75}),
-    (0.32, {"letters": 0.25, "motion": 0.75}),
-    (0.55, {"frame": 0.15, "motion": 0.15, "one thing": 0.7}),
-    (1.00, {"frame": 0.15, "motion": 0.1, "all": 0.75}),
+    (0.12, {"letters": 1.0}),
+    (0.22, {"letters": 0.25, "frame": 0.75}),
+    (0.30, {"letters": 0.25, "motion": 0.75}),
+    (0.41, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
+    (0.56, {"frame": 0.15, "motion": 0.15, "events": 0.1, "one thing": 0.6}),
+    (1.00, {"frame": 0.13, "motion": 0.13, "events": 0.1, "all": 0.64}),
 )
 
 
 def write_lesson(rng: np.random.Generator, progress: float) -> list[tuple[str, str]]:
     """Turns about one text, each to be answered alone, for a moment of training from 0 to 1.
 
-    Three skills are taught alone first, each in few steps: naming the letter of an option, telling
-    which things go with which attributes, comparing what is said at different times. Taught among
-    everything else they would not be learnt at all.
+    Four skills are taught alone first, each in few steps: naming the letter of an option, telling
+    which things go with which attributes, comparing places at different times, telling what came
+    first. Taught among everything else they would not be learnt at all.
     """
     shares = next(shares for end, shares in LESSONS if progress < end or end == 1.0)
     return WRITERS[rng.choice(list(shares), p=list(shares.values()))](rng)
@@ -40,11 +41,12 @@ def _write_letters(rng) -> list[tuple[str, str]]:
 
 
 def _write_frame(rng) -> list[tuple[str, str]]:
-    """One frame of several things, and what goes together in it."""
+    """One frame of several things: what goes together in it, what is there and what is not."""
     scene = world.sample_scene(rng, num_things=int(rng.integers(2, 4)), event_share=0.0)
-    asked = questions.ask_pairs(scene)
-    told = questions.frame_log(scene, 1)
-    return _about(told, [asked[i] for i in rng.permutation(len(asked))[:6]], rng)
+    pairs = questions.ask_pairs(scene)
+    asked = [question for question in questions.ask(scene, rng) if question.type == "existence"]
+    asked += [pairs[i] for i in rng.permutation(len(pairs))[:4]]
+    return _about(questions.frame_log(scene, 1), asked, rng)
 
 
 def _write_motion(rng) -> list[tuple[str, str]]:
@@ -52,6 +54,14 @@ def _write_motion(rng) -> list[tuple[str, str]]:
     scene = world.sample_scene(rng, num_things=1)
     asked = [q for q in questions.ask(scene, rng) if q.type in ("direction", "place")]
     return _about(questions.frame_log(scene, 4), asked, rng)
+
+
+def _write_events(rng) -> list[tuple[str, str]]:
+    """Two things, frame by frame: to which of them does it happen first."""
+    scene = world.sample_scene(rng, num_things=2, event_share=1.0)
+    asked = [q for q in questions.ask(scene, rng) if q.type == "order"]
+    told = questions.frame_log(scene, 6)
+    return _about(told, asked, rng, 0.0) + _about(told, asked, rng, 1.0)
 
 
 def _write_one_thing(rng) -> list[tuple[str, str]]:
@@ -85,6 +95,7 @@ WRITERS = {
     "letters": _write_letters,
     "frame": _write_frame,
     "motion": _write_motion,
+    "events": _write_events,
     "one thing": _write_one_thing,
     "all": _write_all,
 }
@@ -105,7 +116,7 @@ def write_captions(facts) -> tuple[list[str], np.ndarray]:
     """Captions of a batch of frames, and which are true of which: (captions, frames) bool.
 
     One caption of each frame tells all. Beside them stand the shortest captions there are, single
-    words such as "ring" or "top left", each true of many frames. From these the encoder learns in
+    words such as "ring" or "north", each true of many frames. From these the encoder learns in
     a few hundred steps what it would otherwise have to untangle from whole captions.
     """
     captions = [questions.frame_caption(one) for one in facts]

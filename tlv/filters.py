@@ -201,21 +201,20 @@ def is_well_formed(sample: dict) -> Verdict:
 # ---- filters that ask a model ---------------------------------------------------------------
 
 
-def find_outliers(values: dict, side: str, max_deviations: float) -> dict[str, str]:
+def find_outliers(values: dict, side: str, max_spread: float) -> dict[str, str]:
     """Entries far "above" or "below" the rest: {name: reason}.
 
-    Far is more than `max_deviations` robust standard deviations (1.4826 x the median distance
-    from the median), which a share of outliers up to a half cannot move: the pool sets its own
-    scale, whatever the model.
+    Far is more than `max_spread` interquartile ranges beyond the nearer quartile (Tukey's fences;
+    1.5 is usual). A quarter of outliers does not move them, and a pool of two kinds, such as short
+    and long captions, has fences that hold both: the pool sets its own scale, whatever the model.
     """
     if side not in ("above", "below"):
         raise ValueError(f"side = {side!r}: must be 'above' or 'below'")
-    every = np.array(list(values.values()), dtype=float)
-    if not len(every):
+    if not values:
         return {}
-    middle = np.median(every)
-    deviation = 1.4826 * np.median(np.abs(every - middle))
-    limit = middle + max_deviations * deviation * (1 if side == "above" else -1)
+    low, high = np.quantile(list(values.values()), [0.25, 0.75])
+    reach = max_spread * (high - low)
+    limit = high + reach if side == "above" else low - reach
     far = {n: v for n, v in values.items() if (v > limit if side == "above" else v < limit)}
     return {name: f"{value:.2f} is {side} {limit:.2f}" for name, value in far.items()}
 

@@ -57,7 +57,7 @@ def frame_facts(scene: Scene, frame: int) -> list[tuple[str, str, str, str]]:
 
 
 def frame_caption(facts) -> str:
-    """Facts in words: "small red ring top left, large blue bar centre"."""
+    """Facts in words: "small red ring northwest, large blue bar centre"."""
     return ", ".join(" ".join(fact) for fact in facts) or "nothing"
 
 
@@ -121,7 +121,11 @@ def write_turn(question: Question, rng: np.random.Generator, choice_share: float
 
 def write_match(rng: np.random.Generator) -> tuple[str, str]:
     """A turn that asks for nothing but the letter of a named option."""
-    options = _pick(rng, (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(DIRECTIONS), NUMBERS))
+    pairs = [SEEN_PAIRS[i] for i in rng.permutation(len(SEEN_PAIRS))[:2]]
+    names = tuple(f"the {colour} {shape}" for colour, shape in pairs)
+    options = _pick(
+        rng, (tuple(COLOURS), SHAPES, tuple(SIZES), PLACES, tuple(DIRECTIONS), NUMBERS, names)
+    )
     answer = str(rng.choice(options))
     question = Question("match", f"Which option is {answer}?", answer, tuple(options))
     return as_choice(question, rng)[:2]
@@ -143,7 +147,7 @@ def _motion(scene, index: int) -> str:
     seen = np.flatnonzero(scene.is_visible(index, np.arange(scene.num_frames)))
     start, end = _place(thing, seen[0]), _place(thing, seen[-1])
     if thing.direction is None:
-        return f"stays still at {start}"
+        return f"stays still in the {start}"
     return f"moves {thing.direction} from {start} to {end}"
 
 

@@ -39,7 +39,8 @@ def make_world(
     """Write the whole toy world below `out_dir` and return the path of its card.
 
     `num_train` counts the clean raw clips; every kind of defect adds `defect_share` of that
-    number. A third of the test clips show a shape-colour pair that training never shows.
+    number. A third of the test clips show a shape-colour pair that training never shows; fewer of
+    them than of the training clips show several things.
     """
     out_dir = Path(out_dir)
     (out_dir / "videos").mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def _train_scenes(rng, count):
             source = next((s for s in reversed(scenes) if len(s.things) == 1), scenes[-1])
             scenes.append(defects.look_alike(rng, kind, source))
         else:
-            scenes.append(world.sample_scene(rng))
+            scenes.append(world.sample_scene(rng, shares=world.TRAIN_SHARES))
     return scenes
 
 
@@ -136,7 +137,9 @@ def _plant_clips(rng, names, train, test, count):
             if kind == "static":
                 scene = defects.still_scene(rng)
             else:
-                scene = twin.scene if twin else world.sample_scene(rng)
+                scene = (
+                    twin.scene if twin else world.sample_scene(rng, shares=world.TRAIN_SHARES)
+                )
             planted.append(Entry(scene, names.clip(), kind, twin))
     return planted
 

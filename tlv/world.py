@@ -29,11 +29,11 @@ COLOURS = {
 SHAPES = ("circle", "ring", "bar", "pillar")  # told apart by few pixels
 SIZES = {"small": 8.0, "large": 12.0}  # radius in pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-PLACES = (
-    "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
-    "bottom right",
+PLACES = (  # one word each: options that share words are hard to tell apart
+    "northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast",
 )  # fmt: skip
 NUM_THINGS_SHARES = (0.55, 0.35, 0.1)  # of the scenes with one, two and three things
+TRAIN_SHARES = (0.35, 0.5, 0.15)  # in training: what goes with what is learnt from several things
 EVENTS = ("appears", "leaves", "changes colour")
 
 # Shape-colour pairs that no training clip and no backbone ever sees: the test of composition.
@@ -70,17 +70,27 @@ class Thing:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens to thing number `thing` at `frame`."""
+    """Something that happens to thing number `thing` at `frame`, and is over at frame `until`.
+
+    A thing that appears can be seen in these frames only, one that leaves in all others.
+    """
 
     kind: str
     thing: int
     frame: int
-    colour: str | None = None  # the new colour, where the kind is "changes colour"
+    until: int
+    colour: str | None = None  # the passing colour, where the kind is "changes colour"
+
+    def is_on(self, frame) -> np.ndarray:
+        """Whether each of the frames is one of the event's."""
+        frame = np.asarray(frame)
+        return (frame >= self.frame) & (frame < self.until)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a clip shows. No two things share a colour; events are in order."""
+    """All that a clip shows. No two things share a colour; events are in order, things from north
+    to south."""
 
     num_frames: int
     things: tuple[Thing, ...]
@@ -93,9 +103,9 @@ class Scene:
         shown = np.ones(frame.shape, dtype=bool)
         for event in self.events:
             if event.thing == thing and event.kind == "appears":
-                shown &= frame >= event.frame
+                shown &= event.is_on(frame)
             if event.thing == thing and event.kind == "leaves":
-                shown &= frame < event.frame
+                shown &= ~event.is_on(frame)
         return shown
 
     def colours_of(self, thing: int) -> tuple[str, ...]:
@@ -106,11 +116,10 @@ class Scene:
         return (self.things[thing].colour, *changed)
 
     def colour_at(self, thing: int, frame: int) -> str:
-        colour = self.things[thing].colour
         for event in self.events:
-            if event.thing == thing and event.kind == "changes colour" and frame >= event.frame:
-                colour = event.colour
-        return colour
+            if event.thing == thing and event.kind == "changes colour" and event.is_on(frame):
+                return event.colour
+        return self.things[thing].colour
 
     def pairs(self) -> set[tuple[str, str]]:
         """Every shape-colour pair that the clip shows at any time."""
@@ -143,17 +152,19 @@ def sample_scene(
     pairs=SEEN_PAIRS,
     must_have=None,
     num_things: int | None = None,
+    shares=NUM_THINGS_SHARES,
     event_share: float = 0.9,
 ) -> Scene:
     """Draw a scene: number of things, their looks, motion and events, so that none ever overlap
     and something always moves or happens.
 
     `pairs` are the shape-colour pairs allowed; `must_have`, where given, is a pool of pairs of
-    which the first thing takes one. Rejection of overlapping draws is invariant to a shift of the
+    which one thing takes one; `shares` are those of one, two and three things, where `num_things`
+    does not say. Rejection of overlapping draws is invariant to a shift of the
     whole scene, so each thing's place stays uniform on the torus whatever its direction.
     """
     # Number and sizes are fixed first: redrawing would prefer few and small things.
-    sizes = [str(s) for s in rng.choice(list(SIZES), size=num_things or _draw_number(rng))]
+    sizes = [str(s) for s in rng.choice(list(SIZES), size=num_things or _draw_number(rng, shares))]
     while True:
         scene = _draw(rng, pairs, must_have, sizes, event_share)
         frames = np.arange(scene.num_frames)
@@ -164,8 +175,8 @@ def sample_scene(
             return scene
 
 
-def _draw_number(rng) -> int:
-    return 1 + int(rng.choice(len(NUM_THINGS_SHARES), p=NUM_THINGS_SHARES))
+def _draw_number(rng, shares) -> int:
+    return 1 + int(rng.choice(len(shares), p=shares))
 
 
 def _draw(rng, pairs, must_have, sizes, event_share) -> Scene:
@@ -182,6 +193,7 @@ def _draw(rng, pairs, must_have, sizes, event_share) -> Scene:
         speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
         x, y = rng.uniform(0, SIZE, size=2)
         things.append(Thing(*chosen[index], size, float(x), float(y), direction, float(speed)))
+    things.sort(key=lambda thing: (thing.y, thing.x))  # so that a clip has one caption, not many
     scene = Scene(num_frames, tuple(things), (), draw_background(rng))
     if len(sizes) >= 2 and rng.random() < event_share:
         scene = replace(scene, events=_draw_events(rng, scene, pairs))
@@ -194,23 +206,25 @@ def draw_background(rng) -> tuple[int, int, int]:
 
 
 def _draw_events(rng, scene: Scene, pairs) -> tuple[Event, ...]:
-    """Two events of one kind on two things, a fifth to a quarter of the clip apart.
+    """Two events of one kind on two things, each about a fifth of the clip long.
 
-    The gap is short on purpose: a single frame tells the order only if it falls inside it.
+    They pass, and the second begins where the first ends: a frame shows one of them, not which.
     """
     kind = str(rng.choice(EVENTS))
-    gap = rng.uniform(0.18, 0.28)
-    first = rng.uniform(0.06, 0.94 - gap)
+    length = rng.uniform(0.2, 0.24)
+    start = rng.uniform(0.05, 0.95 - 2 * length)
     taken = {thing.colour for thing in scene.things}
     events = []
-    for thing, at in zip(rng.permutation(len(scene.things))[:2], (first, first + gap), strict=True):
+    for number, thing in enumerate(rng.permutation(len(scene.things))[:2]):
         colour = None
         if kind == "changes colour":
             shape = scene.things[thing].shape
             free = [c for c, s in pairs if s == shape and c not in taken]
             colour = free[rng.integers(len(free))]
             taken.add(colour)
-        events.append(Event(kind, int(thing), int(round(at * scene.num_frames)), colour))
+        begin = start + number * length
+        frame, until = (round(at * scene.num_frames) for at in (begin, begin + length))
+        events.append(Event(kind, int(thing), frame, until, colour))
     return tuple(events)
 
 
@@ -247,5 +261,5 @@ def render(scene: Scene, frames=None) -> np.ndarray:
 
 
 def place_name(x: float, y: float) -> str:
-    """The ninth of the frame that a point lies in: "top left" ... "centre" ... "bottom right"."""
+    """The ninth of the frame that a point lies in: "northwest" ... "centre" ... "southeast"."""
     return PLACES[int(y * 3 // SIZE) * 3 + int(x * 3 // SIZE)]
