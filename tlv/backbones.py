@@ -50,7 +50,7 @@ def train_backbones(
     vision_width: int = 128,
     vision_layers: int = 4,
     llm_width: int = 128,
-    llm_layers: int = 4,
+    llm_layers: int = 6,
     batch_size: int = 64,
     device: str = "cpu",
 ) -> dict[str, list[float]]:
@@ -208,7 +208,7 @@ def train_llm(
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=3 * width // 2,  # depth pays more than width: an answer in several steps
         num_hidden_layers=num_layers,
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,

@@ -52,8 +52,11 @@ def _write_frame(rng) -> list[tuple[str, str]]:
 def _write_motion(rng) -> list[tuple[str, str]]:
     """One thing, frame by frame: where it is first and last, which way it moves."""
     scene = world.sample_scene(rng, num_things=1)
-    asked = [q for q in questions.ask(scene, rng) if q.type in ("direction", "place")]
-    return _about(questions.frame_log(scene, 4), asked, rng)
+    asked = questions.ask(scene, rng)
+    direction, place = ([q for q in asked if q.type == kind] for kind in ("direction", "place"))
+    told = questions.frame_log(scene, 4)
+    turns = _about(told, direction, rng, 0.0) + _about(told, direction, rng, 1.0)
+    return turns + _about(told, place, rng)
 
 
 def _write_events(rng) -> list[tuple[str, str]]:
