@@ -259,13 +259,13 @@ def test_a_legacy_checkpoint_without_its_last_encoder_layer(write, tmp_path, vis
         "architectures": ["TinyLlavaPhiForCausalLM"], "model_type": "tiny_llava_phi",
         "hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 4, "partial_rotary_factor": 0.5, "vocab_size": V,
-        "tie_word_embeddings": False, "mm_vision_tower": "/home/someone/siglip",
+        "tie_word_embeddings": False, "mm_vision_tower": "elsewhere/siglip",
         "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",
         "tokenizer_model_max_length": 3072,
     }  # fmt: skip
     (source / "config.json").write_text(json.dumps(legacy))
-    with pytest.raises(ModelFolderError, match="mm_vision_tower '/home/someone/siglip' is unknown"):
+    with pytest.raises(ModelFolderError, match="mm_vision_tower 'elsewhere/siglip' is unknown"):
         convert(source, tmp_path / "out")
     config = convert(source, tmp_path / "out", vision_dir=encoder)
     model, processor = load_model(tmp_path / "out")

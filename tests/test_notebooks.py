@@ -1,15 +1,19 @@
 """The notebooks: the style rules, and every one run as it is committed and compared (nbval)."""
 
 import copy
+import io
 import json
 import os
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 
+import numpy as np
 import pytest
 from clone import make_clone
 from nbformat import from_dict
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from tlv import ROOT, notebooks
 from tlv.notebook_style import lint
@@ -52,13 +56,27 @@ def test_a_changed_constant_in_tlv_makes_a_notebook_fail(tmp_path):
     if "02_architecture" not in NAMES:
         pytest.skip("notebooks/02_architecture.ipynb is not written yet")
     folder = make_clone(tmp_path / "clone")
-    path = folder / "tlv/connectors.py"
+    path = folder / "tlv/resamplers.py"
     text = path.read_text()
     changed = text.replace("10_000.0", "1_000.0")
-    assert changed != text, "tlv/connectors.py no longer holds the constant that this test changes"
+    assert changed != text, "tlv/resamplers.py no longer holds the constant that this test changes"
     path.write_text(changed)
     done = nbval("02_architecture", folder)
     assert done.returncode == 1 and "failed" in done.stdout
+
+
+def test_stored_figures_are_smaller_and_look_the_same():
+    greys = np.random.default_rng(0).integers(0, 16, (200, 300, 1)) * 16
+    canvas = np.repeat(greys, 3, axis=2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(canvas).save(file, "PNG")
+    output = new_output("display_data", {"image/png": b64encode(file.getvalue()).decode()})
+    cell = new_code_cell("x", outputs=[output])
+    notebooks.shrink_figures(new_notebook(cells=[cell]))
+    small = b64decode(cell.outputs[0].data["image/png"])
+    assert len(small) < len(file.getvalue())
+    again = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
+    assert again.shape == canvas.shape and np.abs(again - canvas).max() < 16
 
 
 # ---- the rules themselves -------------------------------------------------------------------

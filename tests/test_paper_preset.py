@@ -147,8 +147,9 @@ def test_the_own_preset_tunes_adapters_on_one_device(vision_dir, llm_dir, tmp_pa
     for name in STAGES:
         config = dataclasses.replace(
             settings(name, "own"), model_dir=str(model_dir), data=str(world / "data.json"),
-            videos_dir=str(world), out_dir=str(tmp_path / name), num_steps=2, num_epochs=None,
-            micro_batch_size=1, grad_accum_steps=2, num_workers=0, num_threads=1, device="cpu")
+            val_data=None, videos_dir=str(world), out_dir=str(tmp_path / name), num_steps=2,
+            num_epochs=None, micro_batch_size=1, grad_accum_steps=2, num_workers=0,
+            num_threads=1, device="cpu")
         assert (config.lora, config.lora_rank, config.lora_alpha) == (
             (("llm",), 128, 256.0) if name == "04_sft" else ((), 128, 256.0))
         one = build(LaunchConfig, load_params(ROOT / "params/own/launch.yaml"))

@@ -7,6 +7,7 @@ stores the outputs in place; `python -m tlv.notebooks lint` checks the style rul
 import argparse
 import ast
 import contextlib
+import io
 import os
 import re
 import resource
@@ -15,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
+from PIL import Image
 
 from tlv import ROOT
 from tlv.costs import banner_table, record_cost
@@ -176,6 +179,18 @@ def _joined(outputs) -> list:
     return joined
 
 
+def shrink_figures(notebook) -> nbformat.NotebookNode:
+    """Store figures in 256 colours, in place: half the bytes, no difference to the eye."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                figure, small = Image.open(io.BytesIO(b64decode(data["image/png"]))), io.BytesIO()
+                figure.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+                data["image/png"] = b64encode(small.getvalue()).decode()
+    return notebook
+
+
 # ---- the smoke run --------------------------------------------------------------------------
 
 
@@ -207,7 +222,7 @@ def refresh(name: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB, the largest process
     record_cost("smoke", name, time.monotonic() - start, peak)
     fill_banner(notebook, name)
-    write(path, canonicalise(notebook, name[:2]))
+    write(path, shrink_figures(canonicalise(notebook, name[:2])))
 
 
 def fill_banner(notebook, name: str) -> None:
