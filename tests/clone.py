@@ -63,6 +63,7 @@ def use_preset(folder, preset: str, params: dict[str, dict]) -> None:
     (folder / "params" / preset).mkdir(exist_ok=True)
     for name, values in params.items():
         path = folder / "params" / preset / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(values, sort_keys=False))
     launch = folder / "params" / preset / "launch.yaml"
     if not launch.exists():

@@ -32,7 +32,8 @@ def question(name, video="a.mp4", kind="colour", form="free", answer="red", opti
         ("The answer is (C).", "C"), ("The answer is C", "C"), ("the correct option is b", "B"),
         ("The answer is A.", "A"), ("The answer is B because it is blue", "B"),
         ("A. red", "A"), ("B) blue", "B"), ("b. blue", "B"), ("(D) none of these", "D"),
-        ("red", "A"), ("Blue.", "B"), ("the green circle", "C"), ("I would say B", "B"),
+        ("red", "A"), ("Blue.", "B"), ("red (A)", "A"), ("red (B)", "B"),
+        ("the green circle", "C"), ("I would say B", "B"),
         ("(A) is wrong, the answer is B", "B"), ("Answer: D\n", "D"),
         # nothing to read, or not one thing only
         ("", ""), ("   ", ""), ("Cannot tell", ""), ("Both dogs run", ""), ("A red circle", ""),
@@ -195,9 +196,9 @@ def test_answers_do_not_depend_on_the_batch_and_keep_the_order(tiny, clips):
 def test_each_clip_is_decoded_once(tiny, clips, monkeypatch):
     model, processor = tiny
     decoded = Counter()
-    read = evaluate.sample_frames
+    read = processor.sample
     monkeypatch.setattr(
-        evaluate, "sample_frames", lambda p, *a: decoded.update([p.name]) or read(p, *a)
+        processor, "sample", lambda path, *a: decoded.update([path.name]) or read(path, *a)
     )
     asked = [question(str(i), video=v) for i, v in enumerate(["a.mp4", "b.mp4"] * 3)]
     evaluate.generate_answers(model, processor, asked, clips, batch_size=2, max_new_tokens=1)

@@ -1,6 +1,7 @@
 """Adapters: trained alone, saved as PEFT has them, merged, and gone on with."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,33 @@ def test_zero_3_gives_the_same_adapters(configure):
     assert set(a) == set(b) and all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_adapters_on_few_bits_end_in_a_plain_model(form, configure, start_dir):
+    pytest.importorskip("bitsandbytes", reason="an extra: pip install tlv[qlora]")
+    config = configure("out", quantize=form)
+    train.train(config)
+    before, after = weights(start_dir), weights(Path(config.out_dir) / "checkpoint")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+        n: (t.dtype, t.shape) for n, t in after.items()}  # fmt: skip
+    base, _ = load_model(start_dir)
+    adapter = PeftModel.from_pretrained(base, Path(config.out_dir) / "adapter").merge_and_unload()
+    matrices = [n for n in before if n.startswith("language_model.") and "_proj.weight" in n]
+    theirs = adapter.state_dict()
+    assert all(torch.allclose(theirs[n], after[n], atol=1e-6) for n in matrices)
+    assert not any(torch.equal(before[n], after[n]) for n in matrices)
+    plain = configure("plain")
+    train.train(plain)  # the same start, but for the bits
+    assert 1e-6 < abs(first_loss(config) - first_loss(plain)) < 0.2
+
+
+def test_few_bits_without_bitsandbytes_or_with_zero_3_are_refused(configure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RuntimeError, match="needs bitsandbytes: pip install tlv"):
+        train.train(configure("out", quantize="nf4"))
+    with pytest.raises(ConfigError, match="zero3.json shares out every matrix; take ZeRO 0 to 2"):
+        train.train(configure("b", quantize="nf4", zero_config="params/deepspeed_zero3.json"))
+
+
 def test_targets_are_the_matrices_of_the_layers(tiny):
     names = target_names(tiny[0], ("llm",))
     assert len(names) == 2 * 7 and not any("lm_head" in n for n in names)
@@ -122,6 +150,7 @@ def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
     [
         (dict(trainable=("connector",), lr_llm=None), "lora names 'llm', which trainable does not"),
         (dict(lora=(), adapter_dir="x"), "adapter_dir = 'x' needs lora"),
+        (dict(lora=(), quantize="nf4"), "quantize = 'nf4' needs lora"),
         (dict(lora_rank=0), "lora_rank = 0 must be > 0"),
         (dict(vision_from=0.5), "vision_from = 0.5 but trainable does not name 'vision'"),
     ],

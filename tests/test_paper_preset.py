@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from toy_manifest import make_world
 
-from tlv import ROOT, ask, chat, notebooks
+from tlv import ROOT, ask, chat, notebooks, recipes
 from tlv.config import LaunchConfig, TrainConfig, build, load_json, load_params, resolve
 from tlv.data import VideoTextDataset, load_samples
 from tlv.launch import command, launch
@@ -40,7 +40,8 @@ def settings(name: str, preset: str = "paper") -> TrainConfig:
     defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
     world = ROOT / values["world_dir"]
     names = defaults | values | {
-        "build": build, "TrainConfig": TrainConfig, "start_dir": "model", "manifest": "data.json",
+        "build": build, "TrainConfig": TrainConfig, "recipes": recipes,
+        "start_dir": "model", "manifest": "data.json",
         "card": {key: world / key for key in ("videos_dir", "val_captions", "val_qa")}}
     cells = [c.source for c in notebook.cells
              if c.cell_type == "code" and "build(TrainConfig" in c.source]
@@ -69,8 +70,21 @@ def test_the_published_recipe_stands_in_the_yaml(name):
     assert config.turns == "packed" and config.seed == 42
 
 
+@pytest.mark.parametrize("name, rate, llm_rate, global_batch", [
+    ("03_pretraining", 1e-3, None, 256), ("04_sft", 2e-5, 2e-5, 128)])  # fmt: skip
+def test_the_image_models_recipe_is_tinyllavas(name, rate, llm_rate, global_batch):
+    config = settings(name, "paper/image")
+    assert config.learning_rates() == {"connector": rate, "llm": llm_rate, "vision": None}
+    samples = config.micro_batch_size * config.grad_accum_steps * ranks().world_size
+    assert samples == global_batch and config.precision == "fp16" and config.num_epochs == 1
+    assert config.group_by_length == (name == "04_sft")
+
+
 def test_the_model_brings_the_template_of_stage_2():
     assert load_params(ROOT / "params/paper/02_architecture.yaml")["template"] == "qwen2_base"
+    image = load_params(ROOT / "params/paper/image/02_architecture.yaml")
+    assert (image["template"], image["connector_type"], image["num_frames"]) == (
+        "phi", "mlp2x_gelu", 1)  # fmt: skip
 
 
 @pytest.mark.parametrize("name, num_samples, steps", [
@@ -93,9 +107,11 @@ def test_the_launch_command_starts_four_ranks_on_one_machine():
         "tlv.train", "config.json"]
 
 
+@pytest.mark.parametrize("side", ["", "/image"])
 @pytest.mark.parametrize("preset", ["tiny", "gpu", "paper", "own"])
 @pytest.mark.parametrize("name", STAGES)
-def test_every_preset_gives_settings_that_the_trainer_takes(name, preset):
+def test_every_preset_gives_settings_that_the_trainer_takes(name, preset, side):
+    preset += side
     config = settings(name, preset)
     assert config.out_dir == f"outputs/{preset}/{name}" and resolve(config.zero_config).is_file()
     launch_path = load_params(ROOT / f"params/{preset}/{name}.yaml")["launch_config"]

@@ -12,24 +12,28 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "ROOT", tmp_path)
     costs.record_cost("tiny", "03_pretraining", 120, 2048 * 1024)
     costs.record_cost("tiny", "04_sft", 30, 1024 * 1024)
-    folder = tmp_path / "outputs/tiny/05_evaluation"
-    folder.mkdir(parents=True)
+    costs.record_cost("tiny/image", "04_sft", 45, 1024 * 1024)
+    folders = [tmp_path / f"outputs/tiny/{side}05_evaluation" for side in ("", "image/")]
     metrics = {"accuracy/free": 0.8125, "accuracy/choice": 0.9, "accuracy/unseen_pairs": 0.5,
                "accuracy/type/order": 0.75, "baseline/type/order": 0.25, "num_questions": 900,
-               "seed": 0}  # fmt: skip
+               "seed": 0, "other/type/order": 0.5}  # fmt: skip
     scores = [key for key in metrics if key.startswith("accuracy/")]
     metrics |= {f"{key}/low": metrics[key] - 0.05 for key in scores}
     metrics |= {f"{key}/high": metrics[key] + 0.05 for key in scores}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "README.md").write_text(
         "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- costs -->\n<!-- /costs -->\n"
     )
     assert report.main(["readme"]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert "| free-form | 81.2% | 76.2% to 86.2% | |" in text
-    assert "| order | 75.0% | 70.0% to 80.0% | 25.0% |" in text
+    assert "| free-form | 81.2% | 76.2% to 86.2% | | |" in text
+    assert "| order | 75.0% | 70.0% to 80.0% | 25.0% | 50.0% |" in text
+    assert "| image model on pictures: free-form | 81.2% | 76.2% to 86.2% | | |" in text
     assert "| 03_pretraining | 2.0 min | 2.0 GiB |" in text
-    assert "| **all** | **2.5 min** | **2.0 GiB** |" in text and "old" not in text
+    assert "| **the video model** | **2.5 min** | **2.0 GiB** |" in text and "old" not in text
+    assert "| image_04_sft | 45 s | 1.0 GiB |" in text
     assert text.startswith("a\n") and "\nb\n" in text
 
 

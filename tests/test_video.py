@@ -194,6 +194,8 @@ def test_pictures_are_clips_of_one_frame(tmp_path):
 
     Image.fromarray(numbered_frames(1)[0]).save(tmp_path / "picture.png")
     frames = video.read_image(tmp_path / "picture.png")
+    clip = video.sample_frames(tmp_path / "picture.png", num_frames=8)  # a clip of one frame
+    assert np.array_equal(clip.frames, frames) and clip.indices.tolist() == [0]
     np.testing.assert_array_equal(frames, numbered_frames(1))
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(VideoError, match="text.png: not a readable picture"):

@@ -8,8 +8,9 @@ import pytest
 
 from tlv import defects, questions, world
 from tlv.chat import ConversationError, parse_conversation
-from tlv.toy_data import make_world, read_card
-from tlv.video import VideoError, read_frames
+from tlv.evaluate import extract_choice
+from tlv.toy_data import make_pictures, make_world, read_card
+from tlv.video import VideoError, read_frames, read_image
 
 SIZES = dict(seed=5, num_train=40, num_val=3, num_test=12, defect_share=0.05)
 
@@ -123,13 +124,23 @@ def test_answers_follow_from_the_scene():
     scene = world.Scene(20, THINGS, events)
     asked = questions.ask(scene, np.random.default_rng(0))
     answers = {q.type: q.answer for q in asked}
-    assert answers["order"] == "the blue bar"
+    assert answers["order"] == "blue bar"
     assert answers["direction"] == "left"
     assert answers["count"] == "two"
     assert questions.caption(scene) == (
         # seen last in frame 15, at x = 15
         "A small red circle moves left from north to northwest and a large blue bar stays still "
         "in the centre. First the blue bar leaves, then the red circle leaves."
+    )
+
+
+def test_a_picture_is_asked_what_one_frame_tells():
+    scene = world.Scene(20, THINGS)
+    asked = {q.type: q for q in questions.ask_picture(scene, np.random.default_rng(0))}
+    assert asked.keys() == {"colour", "shape", "size", "place", "count", "existence"}
+    assert asked["place"].text.endswith(("circle?", "bar?"))  # there is no start and no end
+    assert questions.picture_caption(scene) == (
+        "A small red circle in the north and a large blue bar in the centre."
     )
 
 
@@ -150,6 +161,16 @@ def test_nothing_is_asked_that_has_no_one_answer():
     assert set(places) < {f"Where is the {thing.name} at the end?" for thing in THINGS}
 
 
+def test_no_place_is_asked_of_a_thing_across_a_line(scenes):
+    rng = np.random.default_rng(0)
+    for scene in scenes:
+        asked = [q for q in questions.ask(scene, rng) if q.type == "place" and "start" in q.text]
+        for question in asked:
+            thing = next(t for t in scene.things if t.name in question.text)
+            x, y = (v - world.SIZE / 3 * round(v * 3 / world.SIZE) for v in (thing.x, thing.y))
+            assert min(abs(x), abs(y)) >= world.CLEAR  # pixels to the nearest line
+
+
 def test_existence_is_balanced_and_true(scenes):
     rng = np.random.default_rng(1)
     for scene in scenes:
@@ -167,6 +188,8 @@ def test_the_letter_of_a_choice_points_at_the_answer(scenes):
             text, letter, options = questions.as_choice(question, rng)
             assert f"\n{letter}. {question.answer}\n" in f"{text}\n"
             assert len(set(options)) == len(options) <= 4
+            answer = questions.write_turn(question, rng, 1.0)[1]
+            assert extract_choice(answer, ["?"] * 4) and answer.startswith(question.answer)
             if question.type == "direction":
                 letters[letter] += 1
     assert max(letters.values()) / letters.total() < 0.4
@@ -238,6 +261,26 @@ def test_splits_share_no_clip_and_a_third_of_the_test_clips_is_unseen(card):
     asked = json.loads(card["test_questions"].read_text())
     unseen = {q["video"] for q in asked if q["unseen_pair"]}
     assert len(unseen) / len(names["test_questions"]) == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_pictures_have_a_card_of_their_own_and_the_same_bytes_every_time(tmp_path):
+    sizes = dict(seed=1, num_train=4, num_val=2, num_test=3)
+    first, second = (
+        read_card(make_pictures(tmp_path / name / "pictures", **sizes).parent) for name in "ab"
+    )
+    folder = first["videos_dir"]
+    assert first["vision_dir"].resolve() == (tmp_path / "a/backbones/vision").resolve()
+    files = sorted(path.name for path in folder.iterdir())
+    assert len(files) == 9
+    assert all((folder / n).read_bytes() == (second["videos_dir"] / n).read_bytes() for n in files)
+    samples = [s for key in ("raw_qa", "val_captions") for s in json.loads(first[key].read_text())]
+    for sample in samples:
+        assert read_image(folder / sample["image"]).shape == (1, world.SIZE, world.SIZE, 3)
+        assert parse_conversation(sample)[0][0].startswith("<video>")
+    asked = json.loads(first["test_questions"].read_text())
+    assert not {q["type"] for q in asked} & set(questions.HARD_TYPES)
+    assert any(q["unseen_pair"] for q in asked)
+    assert set(q["video"] for q in asked).isdisjoint(sample["image"] for sample in samples)
 
 
 def test_a_missing_card_says_what_to_run(tmp_path):

@@ -12,9 +12,7 @@ import torch
 from tlv.chat import render, with_video
 from tlv.model import load_model
 from tlv.pretrained import ModelFolderError
-from tlv.video import Clip, VideoError, read_image
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from tlv.video import Clip, VideoError, is_picture
 
 
 @torch.inference_mode()
@@ -40,16 +38,13 @@ def ask(path, question, model_dir, device="cpu", max_new_tokens=64, timeout_s=60
     """The whole of the command: what it prints. Raises VideoError, ModelFolderError, ValueError."""
     if not question.strip():
         raise ValueError("the question is empty; write it in quotes after the clip")
-    is_picture = Path(path).suffix.lower() in PICTURES
     if not Path(path).is_file():
         raise VideoError(path, "no such file")
     model, processor = load_model(model_dir, what="--model")
-    if is_picture:
-        frames, looked = read_image(path), "frames looked at: the picture"
-    else:
-        clip = processor.sample(path, timeout_s)
-        frames, looked = clip.frames, describe_frames(clip)
-    return f"{answer(model.to(device), processor, frames, question, max_new_tokens)}\n{looked}"
+    clip = processor.sample(path, timeout_s)
+    looked = "frames looked at: the picture" if is_picture(path) else describe_frames(clip)
+    said = answer(model.to(device), processor, clip.frames, question, max_new_tokens)
+    return f"{said}\n{looked}"
 
 
 def main(arguments=None) -> int:

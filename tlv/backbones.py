@@ -7,9 +7,6 @@ like `google/siglip-so400m-patch14-384` and `Qwen/Qwen2.5-3B`: by a path. Taught
 
 import logging
 import math
-from concurrent.futures import ProcessPoolExecutor
-from logging.handlers import QueueHandler, QueueListener
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +24,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv import chat, corpus, questions, world
+from tlv.background import Background
 from tlv.isolation import isolate, pad_rows
 
 LOG = logging.getLogger(__name__)
@@ -53,12 +51,12 @@ def train_backbones(
     llm_layers: int = 6,
     batch_size: int = 64,
     device: str = "cpu",
-) -> dict[str, list[float]]:
-    """Train tokenizer, image encoder and language model; write `vision/` and `llm/` to `out_dir`.
+) -> Background:
+    """Start to train image encoder and language model; `wait` of the result gives the loss curves.
 
-    Returns the two loss curves. `num_texts` documents train the tokenizer. Encoder and language
-    model know nothing of each other: they are trained side by side, in a process each with half
-    of the CPU threads. Their progress goes to stderr.
+    They are written to `vision/` and `llm/` below `out_dir`. `num_texts` documents train the
+    tokenizer. Encoder and language model know nothing of each other: each is trained in a process
+    of its own, with half of the CPU threads. The language model takes longer and goes first.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -67,29 +65,16 @@ def train_backbones(
     texts = [chat.render([turn], template) for turns in lessons for turn in turns]
     texts += [questions.frame_caption(facts) for facts in corpus.write_frames(rng, num_texts)[1]]
     shared = dict(tokenizer=train_tokenizer(texts), seed=seed, batch_size=batch_size, device=device)
-    context, num_threads = get_context("spawn"), max(1, torch.get_num_threads() // 2)
-    lines = context.Queue()  # a notebook's kernel shows twice what another process prints
-    listener = QueueListener(lines, logging.StreamHandler())
-    listener.start()
-    try:
-        with ProcessPoolExecutor(2, context, _start_worker, (num_threads, lines)) as pool:
-            vision = pool.submit(
-                train_vision, Path(out_dir) / "vision", num_steps=vision_steps, width=vision_width,
-                num_layers=vision_layers, **shared,
-            )  # fmt: skip
-            llm = pool.submit(
-                train_llm, Path(out_dir) / "llm", num_steps=llm_steps, width=llm_width,
-                num_layers=llm_layers, template=template, **shared,
-            )  # fmt: skip
-            return {"vision": vision.result(), "llm": llm.result()}
-    finally:
-        listener.stop()
-
-
-def _start_worker(num_threads: int, lines) -> None:
-    torch.set_num_threads(num_threads)
-    LOG.addHandler(QueueHandler(lines))
-    LOG.setLevel(logging.INFO)
+    llm = dict(
+        out_dir=Path(out_dir) / "llm", num_steps=llm_steps, width=llm_width,
+        num_layers=llm_layers, template=template, **shared,
+    )  # fmt: skip
+    vision = dict(
+        out_dir=Path(out_dir) / "vision", num_steps=vision_steps, width=vision_width,
+        num_layers=vision_layers, **shared,
+    )  # fmt: skip
+    jobs = {"llm": (train_llm, llm), "vision": (train_vision, vision)}
+    return Background(jobs, num_threads=max(1, torch.get_num_threads() // 2))
 
 
 def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:

@@ -78,6 +78,11 @@ def with_video(question: str) -> str:
 # ---- annotations -> turns -------------------------------------------------------------------
 
 
+def visual_of(sample: dict):
+    """The file name of a sample's clip or picture; None for one of text alone."""
+    return sample.get("video", sample.get("image"))
+
+
 def parse_conversation(sample: dict) -> list[tuple[str, str]]:
     """A LLaVA annotation -> turns, the visual moved to the front of its question as `<video>`.
 
@@ -92,7 +97,7 @@ def parse_conversation(sample: dict) -> list[tuple[str, str]]:
     texts = [_read_turn(name, index, value) for index, value in enumerate(values)]
     turns = list(zip(texts[::2], texts[1::2], strict=True))
     num_visuals = sum(len(PLACEHOLDER.findall(text)) for text in texts)
-    wanted = 1 if sample.get("video") or sample.get("image") else 0
+    wanted = 1 if visual_of(sample) else 0
     if num_visuals != wanted:
         raise ConversationError(f"sample {name!r}: {num_visuals} placeholders (<video> or <image>) "
                                 f"in its turns, but {wanted} video or image; one of each is right")

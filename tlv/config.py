@@ -186,6 +186,7 @@ class TrainConfig:
     lora_alpha: float = 256.0
     lora_dropout: float = 0.05
     adapter_dir: str | None = None  # an adapter to go on with; None: a new one
+    quantize: Literal["int8", "nf4"] | None = None  # QLoRA: of `lora`, the frozen matrices
     num_steps: int | None = None  # optimizer steps; exactly one of num_steps and num_epochs
     num_epochs: int | None = None
     micro_batch_size: int = 4  # samples per rank and forward pass
@@ -236,8 +237,9 @@ class TrainConfig:
             _require(part in self.trainable, f"lora names {part!r}, which trainable does not")
         _require(not self.vision_from or "vision" in self.trainable,
                  f"vision_from = {self.vision_from:g} but trainable does not name 'vision'")
-        _require(self.adapter_dir is None or bool(self.lora),
-                 f"adapter_dir = {self.adapter_dir!r} needs lora, the parts that it is for")
+        for name in ("adapter_dir", "quantize"):
+            _require(getattr(self, name) is None or bool(self.lora),
+                     f"{name} = {getattr(self, name)!r} needs lora, the parts that it is for")
         _require((self.val_every is None) or self.val_data is not None,
                  f"val_every = {self.val_every} needs val_data")
 

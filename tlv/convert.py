@@ -29,7 +29,7 @@ from tlv.model import (
     build_processor,
     make_generation_config,
 )
-from tlv.pretrained import ModelFolderError, _quiet, read_config
+from tlv.pretrained import ModelFolderError, quiet, read_config
 from tlv.published import LEGACY_LLMS, collect, find_layout, rename
 from tlv.vision import vision_part
 
@@ -224,7 +224,7 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
     except ConfigError as error:
         raise ModelFolderError(str(error)) from error
     try:
-        with _quiet():  # a published model type is news to transformers
+        with quiet():  # a published model type is news to transformers
             tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer_dir or source, local_files_only=True
             )

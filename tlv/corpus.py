@@ -55,16 +55,14 @@ def _write_motion(rng) -> list[tuple[str, str]]:
     asked = questions.ask(scene, rng)
     direction, place = ([q for q in asked if q.type == kind] for kind in ("direction", "place"))
     told = questions.frame_log(scene, 4)
-    turns = _about(told, direction, rng, 0.0) + _about(told, direction, rng, 1.0)
-    return turns + _about(told, place, rng)
+    return _about(told, direction, rng, questions.BOTH_FORMS) + _about(told, place, rng)
 
 
 def _write_events(rng) -> list[tuple[str, str]]:
     """Two things, frame by frame: to which of them does it happen first."""
     scene = world.sample_scene(rng, num_things=2, event_share=1.0)
     asked = [q for q in questions.ask(scene, rng) if q.type == "order"]
-    told = questions.frame_log(scene, 6)
-    return _about(told, asked, rng, 0.0) + _about(told, asked, rng, 1.0)
+    return _about(questions.frame_log(scene, 6), asked, rng, questions.BOTH_FORMS)
 
 
 def _write_one_thing(rng) -> list[tuple[str, str]]:
@@ -82,15 +80,15 @@ def _write_all(rng, num_things=None, num_frames=6) -> list[tuple[str, str]]:
     asked = questions.ask(scene, rng)
     hard = [q for q in asked if q.type in questions.HARD_TYPES]
     rest = [q for q in asked if q.type not in questions.HARD_TYPES]
-    turns = _about(told, hard, rng, 0.0) + _about(told, hard, rng, 1.0)
+    turns = _about(told, hard, rng, questions.BOTH_FORMS)
     turns += _about(told, [rest[i] for i in rng.permutation(len(rest))[:3]], rng)
     if is_log and rng.random() < 0.1:
         turns.append((f"{told}\n{questions.CAPTION_REQUEST}", questions.caption(scene)))
     return turns
 
 
-def _about(told: str, asked, rng, choice_share: float = 0.5) -> list[tuple[str, str]]:
-    turns = [questions.write_turn(question, rng, choice_share) for question in asked]
+def _about(told: str, asked, rng, choice_shares=(0.5,)) -> list[tuple[str, str]]:
+    turns = [questions.write_turn(one, rng, share) for share in choice_shares for one in asked]
     return [(f"{told}\n{text}", answer) for text, answer in turns]
 
 

@@ -20,11 +20,12 @@ from tlv.chat import (
     check_stop,
     encode,
     parse_conversation,
+    visual_of,
     with_video,
 )
 from tlv.config import ConfigError, load_json
 from tlv.isolation import isolate, pad_rows
-from tlv.video import VideoError, read_image
+from tlv.video import VideoError
 from tlv.vision import count_patches
 
 
@@ -85,14 +86,14 @@ class VideoTextDataset(Dataset):
             num_frames = None if clip is None else len(clip)
             rows = self._encode(turns, num_frames)
         except VideoError as error:  # its path may be absolute: name the file as the manifest does
-            return BadSample(name, f"{sample.get('video', sample.get('image'))}: {error.reason}")
+            return BadSample(name, f"{visual_of(sample)}: {error.reason}")
         except (ConversationError, BadRow) as error:
             return BadSample(name, str(error))
         return {"id": name, "clip": clip, "rows": rows}
 
     def path(self, sample) -> Path | None:
         """The sample's clip or picture; None for a sample of text alone."""
-        file = sample.get("video", sample.get("image"))
+        file = visual_of(sample)
         if file is None:
             return None
         if not isinstance(file, str) or not file:
@@ -103,14 +104,11 @@ class VideoTextDataset(Dataset):
         path = self.path(sample)
         if path is None:
             return None
-        return self.read(path, "video" not in sample) if self.cache is None else self.cache[path]
+        return self.read(path) if self.cache is None else self.cache[path]
 
-    def read(self, path, is_image: bool) -> torch.Tensor:
+    def read(self, path) -> torch.Tensor:
         """Decode one clip or picture -> (T, C, H, W) float32. Raises VideoError."""
-        if is_image:
-            frames = read_image(path)  # (1, H, W, 3)
-        else:
-            frames = self.processor.sample(path, self.timeout_s).frames  # (T, H, W, 3)
+        frames = self.processor.sample(path, self.timeout_s).frames  # (T, H, W, 3)
         return self.processor.process_frames(frames)
 
     def _encode(self, turns, num_frames: int | None) -> list[dict]:
@@ -180,10 +178,9 @@ class FeatureCache:
         encoder = self._model.vision_encoder.to(self._device, self._dtype).eval()
         encoder.requires_grad_(False)
         samples = [dataset.samples[index] for index in sorted(set(indices))]
-        visuals = {_path_or_none(dataset, sample): sample for sample in samples}
-        todo = [(path, "video" not in sample) for path, sample in visuals.items()
-                if path is not None and path not in self._found]  # fmt: skip
-        for (path, _), found in zip(progress(todo), _read_ahead(dataset.read, todo), strict=True):
+        paths = dict.fromkeys(_path_or_none(dataset, sample) for sample in samples)
+        todo = [path for path in paths if path is not None and path not in self._found]
+        for path, found in zip(progress(todo), _read_ahead(dataset.read, todo), strict=True):
             if not isinstance(found, VideoError):
                 with torch.no_grad():
                     pixels = found.to(self._device, self._dtype)  # (T, C, H, W)
@@ -200,20 +197,20 @@ class FeatureCache:
         return len(self._found)
 
 
-def _read_ahead(read, jobs, ahead: int = 4):
-    """read(*job) for every job in order, a few of them early: decoding goes on while the encoder
+def _read_ahead(read, paths, ahead: int = 4):
+    """read(path) for every path in order, a few of them early: decoding goes on while the encoder
     works. A VideoError is given in place of the clip."""
 
-    def attempt(job):
+    def attempt(path):
         try:
-            return read(*job)
+            return read(path)
         except VideoError as error:
             return error
 
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
-        for job in jobs:
-            waiting.append(pool.submit(attempt, job))
+        for path in paths:
+            waiting.append(pool.submit(attempt, path))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from tlv.chat import encode, stop_token_ids, with_video
-from tlv.video import VideoError, sample_frames
+from tlv.video import VideoError
 
 CONDITIONS = ("video", "blind", "other clip", "majority")  # the model, then the three baselines
 LETTERS = string.ascii_uppercase
@@ -98,9 +98,8 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
 
 def _encode_clip(model, processor, path: Path, timeout_s):
     """A clip as the model sees it: features (T, N, D_v), or the VideoError."""
-    c = model.config
     try:
-        clip = sample_frames(path, c.num_frames, c.sampling, c.fps, c.max_frames, timeout_s)
+        clip = processor.sample(path, timeout_s)
     except VideoError as error:
         return error
     pixels = processor.process_frames(clip.frames)  # (T, C, H, W)
@@ -195,6 +194,13 @@ def extract_choice(text: str, options: list[str]) -> str:
     return hits.pop() if len(hits) == 1 else ""
 
 
+def in_words(question: str, answer: str) -> str:
+    """An answer without its letter: the option that it names, where the question lists some."""
+    options = re.findall(r"^[A-Z][.)] *(.+)$", question, flags=re.M)
+    letter = extract_choice(answer, options) if options else ""
+    return options[LETTERS.index(letter)] if letter else answer
+
+
 def make_records(questions: list[dict], answers: list[Answer], condition: str) -> list[dict]:
     """One record per question: what was asked, what came back, how it was read, whether right.
 
@@ -227,14 +233,13 @@ def opening(question: str) -> str:
 def majority_answers(turns: list[tuple[str, str]], questions: list[dict]) -> list[Answer]:
     """The training answer given most often to questions that open alike; no model is asked.
 
-    turns: (question, answer) of the training data; a lettered answer counts as its option's text.
+    turns: (question, answer) of the training data; an answer with a letter counts as its option.
     For multiple choice, the option that was the training answer most often. Ties: the first in
     alphabetical order, or the first option. An opening never trained on: the majority of all.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
     for question, answer in turns:
-        options = dict(re.findall(r"^([A-Z])[.)] *(.+)$", question, flags=re.M))
-        counts[opening(question)][normalise(options.get(answer.strip(), answer))] += 1
+        counts[opening(question)][normalise(in_words(question, answer))] += 1
     every = sum(counts.values(), Counter())
     answers = []
     for question in questions:

@@ -2,7 +2,8 @@
 
 y = W x + alpha / r * B A x, with A (r, in) random and B (out, r) zero at the start (arXiv
 2106.09685). An adapter is saved in PEFT's form, and merged into the finished checkpoint, which is
-then a model like any other. Taught in notebook 04.
+then a model like any other. QLoRA (arXiv 2305.14314) keeps W itself in 8 or 4 bits while B and A
+are trained; what is merged in the end is the W of before. Taught in notebook 04.
 """
 
 import shutil
@@ -11,13 +12,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from tlv.checkpoint import publish
 from tlv.pretrained import ModelFolderError
 from tlv.recipes import part_module
 
 PREFIX = "base_model.model."  # before every name in a PEFT file
+MATRICES = ("Linear", "Linear4bit", "Linear8bitLt")  # plain, and as bitsandbytes has them
 
 
 def target_names(model, parts) -> list[str]:
@@ -25,9 +26,36 @@ def target_names(model, parts) -> list[str]:
     modules = {id(m) for part in parts for m in part_module(model, part).modules()}
     return [
         name for name, module in model.named_modules()
-        if id(module) in modules and type(module) is nn.Linear
+        if id(module) in modules and type(module).__name__ in MATRICES
         and (".layers." in name or ".layer." in name)
     ]  # fmt: skip
+
+
+def quantize(model, parts, form: str, dtype, device) -> None:
+    """Put the matrices of `parts` into 8 bits ("int8") or 4 ("nf4"), for adapters to be added.
+
+    `dtype` is that of what goes through them. RuntimeError without bitsandbytes, which is no
+    dependency of this package.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise RuntimeError(f"quantize = {form!r} needs bitsandbytes: pip install tlv[qlora], "
+                           "or set quantize to null") from error
+    for name in target_names(model, parts):
+        old = model.get_submodule(name)
+        sizes = dict(input_features=old.in_features, output_features=old.out_features,
+                     bias=old.bias is not None)  # fmt: skip
+        if form == "nf4":
+            new = bnb.nn.Linear4bit(**sizes, compute_dtype=dtype, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(**sizes, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False,
+                                           has_fp16_weights=False)  # fmt: skip
+        new.bias = old.bias
+        model.set_submodule(name, new.to(device))
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = form == "int8", form == "nf4"  # for PEFT
 
 
 def add_adapters(model, parts, *, rank, alpha, dropout, adapter_dir=None) -> None:
@@ -59,18 +87,25 @@ def adapter_weights(state: dict) -> dict:
             for name, tensor in state.items() if ".lora_" in name}  # fmt: skip
 
 
-def merge(state: dict, settings: LoraConfig) -> dict:
-    """A state dict with adapters -> that of the plain model: each W becomes W + alpha / r * B A."""
+def merge(state: dict, settings: LoraConfig, originals: dict | None = None) -> dict:
+    """A state dict with adapters -> that of the plain model: each W becomes W + alpha / r * B A.
+
+    `originals` is the plain model's state before it was quantized: what stands in for a W of few
+    bits, and which names there are.
+    """
     merged = {}
     for name, tensor in state.items():
-        if ".lora_" in name:
+        plain = name.replace(".base_layer.", ".")
+        if ".lora_" in name or (originals and plain not in originals):
             continue
+        if not tensor.is_floating_point():
+            tensor = originals[plain]
         if name.endswith(".base_layer.weight"):
             stem = name.removesuffix(".base_layer.weight")
             down, up = (state[f"{stem}.lora_{x}.default.weight"].float() for x in "AB")
             scale = settings.lora_alpha / settings.r
             tensor = (tensor.float() + scale * up @ down).to(tensor.dtype)
-        merged[name.replace(".base_layer.", ".")] = tensor
+        merged[plain] = tensor
     return merged
 
 

@@ -104,7 +104,9 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TlvConfig):
         super().__init__(config)
-        self.vision_encoder = AutoModel.from_config(config.vision_config)
+        vision = config.vision_config
+        self.frame_shape = count_patches(vision, config.drop_first_patch), vision.hidden_size
+        self.vision_encoder = AutoModel.from_config(vision)
         self.connector = new_connector(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
@@ -179,10 +181,7 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
         """
         unused = [clip for k, clip in enumerate(clips) if k not in index]
         if not clips:
-            config = self.config.vision_config
-            num_patches = count_patches(config, self.config.drop_first_patch)
-            black = torch.zeros(1, num_patches, config.hidden_size)
-            unused = self.encode_videos(video_features=[black])
+            unused = self.encode_videos(video_features=[torch.zeros(1, *self.frame_shape)])
         return sum((0.0 * clip.sum() for clip in unused), start=0.0)
 
     # ---- the language model -----------------------------------------------------------------

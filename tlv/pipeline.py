@@ -63,8 +63,9 @@ def main() -> int:
     path = ROOT / "dvc.yaml"
     text = before = path.read_text()
     for name in notebooks.names():
-        if f"\n  {name}:\n" in text:
-            text = rewrite(text, name, stage_modules(name))
+        for stage in (name, f"image_{name}"):
+            if f"\n  {stage}:\n" in text:
+                text = rewrite(text, stage, stage_modules(name))
     write_text(path, text)
     print("dvc.yaml: " + ("no change" if text == before else "module lists rewritten"))
     return 0

@@ -42,7 +42,7 @@ def load_pretrained(auto_class, path, what: str, dtype=torch.float32, **kwargs):
     if not list(Path(path).glob("*.safetensors")):
         raise ModelFolderError(f"{what} = {path}: no *.safetensors in it; the weights are missing")
     try:
-        with _quiet():
+        with quiet():
             model, info = auto_class.from_pretrained(
                 path, dtype=dtype, local_files_only=True, use_safetensors=True,
                 output_loading_info=True, **kwargs,
@@ -58,8 +58,8 @@ def load_pretrained(auto_class, path, what: str, dtype=torch.float32, **kwargs):
 
 
 @contextmanager
-def _quiet():
-    """No table of the weights that are left over (a SigLIP folder's text tower is meant to be)."""
+def quiet():
+    """Load without a table of what is left over (of a SigLIP folder its text tower, on purpose)."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

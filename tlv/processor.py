@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from tlv.chat import VIDEO_TOKEN, video_token_id
-from tlv.video import Clip, read_image, sample_frames
+from tlv.video import Clip, sample_frames
 
 
 def _squash(frame: Image.Image, side: int, colour) -> Image.Image:
@@ -102,7 +102,7 @@ class TlvProcessor(ProcessorMixin):
             raise TypeError(f"the processor gives torch tensors and takes no {sorted(others)}; how "
                             "frames are sampled is its own num_frames, sampling, fps, max_frames")
         texts = [text] if isinstance(text, str) else list(text)
-        visuals = [[(False, v) for v in video] + [(True, i) for i in image]
+        visuals = [[*video, *image]
                    for video, image in zip(_per_row(videos, len(texts), "videos"),
                                            _per_row(images, len(texts), "images"), strict=True)]
         clips, rows, video_index = {}, [], []
@@ -112,10 +112,10 @@ class TlvProcessor(ProcessorMixin):
                 raise ValueError(f"row {row}: {num_places} {VIDEO_TOKEN} in its text, but "
                                  f"{len(found)} videos and images; at most one of each is right")
             num_tokens = 0
-            for is_image, visual in found:
+            for visual in found:
                 key = str(visual) if isinstance(visual, str | Path) else id(visual)
                 if key not in clips:
-                    clips[key] = self.process_frames(self._read(visual, is_image))
+                    clips[key] = self.process_frames(self._read(visual))
                 video_index.append(list(clips).index(key))
                 num_tokens = self.num_tokens(len(clips[key]))
             rows.append(self._tokenize(prompt, num_tokens, add_special_tokens))
@@ -127,10 +127,10 @@ class TlvProcessor(ProcessorMixin):
             data["video_index"] = torch.tensor(video_index)
         return BatchFeature(data)
 
-    def _read(self, visual, is_image) -> np.ndarray:
+    def _read(self, visual) -> np.ndarray:
         """A path or frames -> (T, H, W, 3) uint8."""
         if isinstance(visual, str | Path):
-            return read_image(visual) if is_image else self.sample(visual).frames
+            return self.sample(visual).frames
         frames = np.asarray(visual)
         return frames[None] if frames.ndim == 3 else frames
 

@@ -9,13 +9,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tlv.world import COLOURS, DIRECTIONS, PLACES, SEEN_PAIRS, SHAPES, SIZES, Scene, place_name
+from tlv.world import (
+    COLOURS,
+    DIRECTIONS,
+    PLACES,
+    SEEN_PAIRS,
+    SHAPES,
+    SIZES,
+    Scene,
+    is_place_clear,
+    place_name,
+)
 
 HARD_TYPES = ("direction", "order")  # a single frame does not tell
 TYPES = ("colour", "shape", "size", "place", "direction", "order", "count", "existence")
 NUMBERS = ("one", "two", "three")
-CAPTION_REQUEST = "Describe the video."
+CAPTION_REQUEST, PICTURE_REQUEST = "Describe the video.", "Describe the picture."
 LETTERS = "ABCD"
+BOTH_FORMS = (0.0, 1.0)  # shares of multiple choice: a turn of each
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,21 @@ def ask(scene: Scene, rng: np.random.Generator, pairs=SEEN_PAIRS) -> list[Questi
     return [question for question in found if question]
 
 
+def picture_caption(scene: Scene) -> str:
+    """One sentence about a scene's first frame: what is where."""
+    text = _join([f"a {t.size} {t.name} in the {_place(t, 0)}" for t in scene.things])
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def ask_picture(scene: Scene, rng: np.random.Generator, pairs=SEEN_PAIRS) -> list[Question]:
+    """Every kind of question that the first frame of a scene without events allows: as `ask`, but
+    neither direction nor order, and of place one."""
+    kinds = (_colour, _shape, _size, _spot, _count, _presence)
+    found = [make(scene, rng) for make in kinds]
+    found.append(_absence(scene, rng, pairs))
+    return [question for question in found if question]
+
+
 def ask_pairs(scene: Scene) -> list[Question]:
     """What goes together at the start of a scene without events: of every thing its colour, shape,
     size and place."""
@@ -99,36 +125,41 @@ def as_choice(question: Question, rng: np.random.Generator) -> tuple[str, str, l
     return "\n".join([question.text, *lines]), LETTERS[options.index(question.answer)], options
 
 
-def write_turns(scene: Scene, rng: np.random.Generator, choice_share: float = 0.5):
-    """Every question that the scene allows, in random order, some as multiple choice.
+def write_turns(asked: list[Question], rng: np.random.Generator, choice_share: float = 0.5):
+    """All these questions in random order, some as multiple choice.
 
     The hard ones come in both forms. Returns turns (question, answer), as they stand in a
     conversation.
     """
     turns = []
-    for question in ask(scene, rng):
-        shares = (0.0, 1.0) if question.type in HARD_TYPES else (choice_share,)
+    for question in asked:
+        shares = BOTH_FORMS if question.type in HARD_TYPES else (choice_share,)
         turns += [write_turn(question, rng, share) for share in shares]
     return [turns[i] for i in rng.permutation(len(turns))]
 
 
 def write_turn(question: Question, rng: np.random.Generator, choice_share: float):
-    """A turn (text, answer), as multiple choice in `choice_share` of all cases."""
+    """A turn (text, answer), as multiple choice in `choice_share` of all cases.
+
+    The answer to multiple choice says the option, then its letter: "left (B)". A small model that
+    has to name the letter at once must derive the answer and find its option in one step.
+    """
     if rng.random() < choice_share:
-        return as_choice(question, rng)[:2]
+        text, letter, _ = as_choice(question, rng)
+        return text, f"{question.answer} ({letter})"
     return question.text, question.answer
 
 
 def write_match(rng: np.random.Generator) -> tuple[str, str]:
-    """A turn that asks for nothing but the letter of a named option."""
+    """A turn that asks for nothing but a named option, to be said with its letter."""
     pairs = [SEEN_PAIRS[i] for i in rng.permutation(len(SEEN_PAIRS))[:2]]
-    names = tuple(f"the {colour} {shape}" for colour, shape in pairs)
+    names = tuple(" ".join(pair) for pair in pairs)
     options = _pick(
         rng, (tuple(COLOURS), SHAPES, tuple(SIZES), PLACES, tuple(DIRECTIONS), NUMBERS, names)
     )
     answer = str(rng.choice(options))
     question = Question("match", f"Which option is {answer}?", answer, tuple(options))
-    return as_choice(question, rng)[:2]
+    return write_turn(question, rng, 1.0)
 
 
 def _join(parts: list[str]) -> str:
@@ -203,17 +234,30 @@ def _end(scene, rng):
 
 
 def _place_at(scene, rng, frame, word):
-    shown = [
+    thing = _pick(rng, _placed(scene, frame))
+    return _place_of(thing, frame, word) if thing else None
+
+
+def _placed(scene, frame) -> list:
+    """Things that can be seen, in the colour that names them, and not across two places."""
+    return [
         thing
         for i, thing in enumerate(scene.things)
-        if scene.is_visible(i, frame) and scene.colour_at(i, frame) == thing.colour
+        if scene.is_visible(i, frame)
+        and scene.colour_at(i, frame) == thing.colour
+        and is_place_clear(*(float(v) for v in thing.position(frame)))
     ]
-    return _place_of(_pick(rng, shown), frame, word) if shown else None
 
 
 def _place_of(thing, frame, word):
     text = f"Where is the {thing.name} at the {word}?"
     return Question("place", text, _place(thing, frame), PLACES)
+
+
+def _spot(scene, rng):
+    thing = _pick(rng, _placed(scene, 0))
+    if thing:
+        return Question("place", f"Where is the {thing.name}?", _place(thing, 0), PLACES)
 
 
 def _direction(scene, rng):
@@ -231,10 +275,10 @@ def _direction(scene, rng):
 
 def _order(scene, rng):
     if scene.events:
-        first, second = (f"the {scene.things[event.thing].name}" for event in scene.events)
-        named = (first, second) if rng.random() < 0.5 else (second, first)
-        text = f"Which {scene.events[0].kind} first, {named[0]} or {named[1]}?"
-        return Question("order", text, first, named)
+        first = scene.events[0]
+        text = f"Which object {first.kind} first?"
+        names = tuple(thing.name for thing in scene.things)
+        return Question("order", text, names[first.thing], names)
 
 
 def _count(scene, rng):

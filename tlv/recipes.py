@@ -14,6 +14,7 @@ from tlv.config import PARTS
 BASE_PRETRAIN = dict(trainable=["connector"], lr_connector=1e-3)
 BASE_SFT = dict(trainable=["connector", "llm"], lr_connector=2e-5, lr_llm=2e-5)
 SHARE = dict(BASE_SFT, trainable=["connector", "llm", "vision"], lr_vision=2e-5)
+LORA = dict(BASE_SFT, lr_connector=2e-4, lr_llm=2e-4, lora=["llm"], lora_rank=128, lora_alpha=256)
 RECIPES = {
     "base": {"pretrain": BASE_PRETRAIN, "sft": BASE_SFT},
     # The paper's: a second pretraining, with the encoder's layers from 12 of 27 on.
@@ -21,13 +22,23 @@ RECIPES = {
               "sft": BASE_SFT},
     # The shipped scripts': the encoder stays frozen.
     "share_frozen": {"pretrain": BASE_PRETRAIN, "pretrain_share": BASE_SFT, "sft": BASE_SFT},
-    "lora": {"pretrain": BASE_PRETRAIN,
-             "sft": dict(BASE_SFT, lr_connector=2e-4, lr_llm=2e-4, lora=["llm"], lora_rank=128,
-                         lora_alpha=256)},
+    "lora": {"pretrain": BASE_PRETRAIN, "sft": LORA},
+    "qlora": {"pretrain": BASE_PRETRAIN, "sft": dict(LORA, quantize="int8")},
     "video": {"pretrain": dict(trainable=["connector"], lr_connector=1e-4), "sft": BASE_SFT},
 }  # fmt: skip
-
 MODULES = {"connector": "connector", "llm": "language_model", "vision": "vision_encoder"}
+
+
+def published(recipe: str, stage: str, **given) -> dict:
+    """The TrainConfig fields of a published recipe; what is `given` and not None replaces them.
+
+    ValueError for an unknown recipe, or one without such a stage, listing the known.
+    """
+    for name, known in ((recipe, RECIPES), (stage, RECIPES.get(recipe, {}))):
+        if name not in known:
+            what = "recipe" if known is RECIPES else f"stage of the recipe {recipe!r}"
+            raise ValueError(f"{name!r} is no {what}; known are {', '.join(known)}")
+    return RECIPES[recipe][stage] | {k: v for k, v in given.items() if v is not None}
 
 
 def part_module(model, part: str):

@@ -14,38 +14,54 @@ from tlv.costs import duration, read_costs
 from tlv.files import write_text
 
 BASELINE = "baseline/type/"
+PARTS = (
+    ("free-form", "accuracy/free"),
+    ("multiple choice", "accuracy/choice"),
+    ("shape-colour pairs never seen in training", "accuracy/unseen_pairs"),
+)
 
 
 def cost_table(preset: str) -> str:
-    """One row per stage: wall time, memory of the largest process, machine, date; then the sum."""
-    costs = read_costs(preset)
-    if not costs:
+    """One row per stage: wall time, memory of the largest process, machine, date; then the sums."""
+    video = read_costs(preset)
+    image = {f"image_{name}": cost for name, cost in read_costs(f"{preset}/image").items()}
+    if not video:
         return f"No recorded run of the preset `{preset}` yet."
     rows = ["| stage | wall time | peak memory | machine | date |", "|---|---|---|---|---|"]
-    for name, c in costs.items():
-        cells = [name, duration(c["wall_s"]), f"{c['peak_mib'] / 1024:.1f} GiB"]
-        rows.append(f"| {' | '.join([*cells, c['machine'], c['date']])} |")
-    total = sum(c["wall_s"] for c in costs.values())
-    peak = max(c["peak_mib"] for c in costs.values()) / 1024
-    rows.append(f"| **all** | **{duration(total)}** | **{peak:.1f} GiB** | | |")
+    for costs, title in ((video, "the video model"), (image, "the image model")):
+        for name, c in costs.items():
+            cells = [name, duration(c["wall_s"]), f"{c['peak_mib'] / 1024:.1f} GiB"]
+            rows.append(f"| {' | '.join([*cells, c['machine'], c['date']])} |")
+        if costs:
+            total = sum(c["wall_s"] for c in costs.values())
+            peak = max(c["peak_mib"] for c in costs.values()) / 1024
+            rows.append(f"| **{title}** | **{duration(total)}** | **{peak:.1f} GiB** | | |")
     return "\n".join(rows)
 
 
 def result_table(preset: str) -> str:
     """Held-out accuracy by question type beside the best baseline, from 05's metrics.json."""
-    path = ROOT / "outputs" / preset / "05_evaluation" / "metrics.json"
-    if not path.exists():
+    metrics, pictures = (_metrics(f"{preset}{side}") for side in ("", "/image"))
+    if not metrics:
         return f"No evaluated run of the preset `{preset}` yet."
-    metrics = json.loads(path.read_text())
-    rows = ["| questions | accuracy | 95% interval | best baseline |", "|---|---|---|---|"]
-    for label, key in (("free-form", "accuracy/free"), ("multiple choice", "accuracy/choice"),
-                       ("shape-colour pairs never seen in training", "accuracy/unseen_pairs")):
-        rows.append(f"| {label} | {_with_interval(metrics, key)} | |")
+    rows = ["| questions | accuracy | 95% interval | best baseline | image model |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    for label, key in PARTS:
+        rows.append(f"| {label} | {_with_interval(metrics, key)} | | |")
     for kind in sorted(k.removeprefix(BASELINE) for k in metrics if k.startswith(BASELINE)):
         score = _with_interval(metrics, f"accuracy/type/{kind}")
-        rows.append(f"| {kind} | {score} | {metrics[BASELINE + kind]:.1%} |")
-    rows.append(f"\n{metrics['num_questions']} questions, seed {metrics['seed']}.")
+        other = metrics.get(f"other/type/{kind}")
+        cells = [f"{metrics[BASELINE + kind]:.1%}", "" if other is None else f"{other:.1%}"]
+        rows.append(f"| {kind} | {score} | {' | '.join(cells)} |")
+    for label, key in PARTS if pictures else ():
+        rows.append(f"| image model on pictures: {label} | {_with_interval(pictures, key)} | | |")
+    rows.append(f"\n{metrics['num_questions']} questions about clips, seed {metrics['seed']}.")
     return "\n".join(rows)
+
+
+def _metrics(folder: str) -> dict | None:
+    path = ROOT / "outputs" / folder / "05_evaluation" / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _with_interval(metrics: dict, key: str) -> str:

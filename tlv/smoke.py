@@ -61,8 +61,9 @@ def _world(folder: Path):
     from tlv.backbones import train_backbones
     from tlv.toy_data import make_world
 
+    training = train_backbones(folder / "backbones", **BACKBONES)
     make_world(folder, **WORLD)
-    train_backbones(folder / "backbones", **BACKBONES)
+    training.wait()
 
 
 def _manifest(folder: Path):

@@ -12,10 +12,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tlv import defects, questions, world
+from tlv.background import stand_back
 from tlv.files import write_json
-from tlv.video import write_video
+from tlv.video import is_picture, write_video
 
 CARD_KEYS = (
     "videos_dir", "raw_captions", "raw_qa", "val_captions", "val_qa", "test_questions",
@@ -25,12 +27,22 @@ CARD_KEYS = (
 
 @dataclass
 class Entry:
-    """A clip on its way to disk: its scene, its name, its bytes' story."""
+    """A clip or picture on its way to disk: its scene, its name, its bytes' story."""
 
     scene: world.Scene
     name: str
     defect: str | None = None
     twin: "Entry | None" = None  # of which other clip this one is a copy
+
+    def ask(self, rng, pairs=world.SEEN_PAIRS) -> list[questions.Question]:
+        ask = questions.ask_picture if is_picture(self.name) else questions.ask
+        return ask(self.scene, rng, pairs)
+
+    def tell(self) -> tuple[str, str]:
+        """The turn that asks for the caption."""
+        if is_picture(self.name):
+            return questions.PICTURE_REQUEST, questions.picture_caption(self.scene)
+        return questions.CAPTION_REQUEST, questions.caption(self.scene)
 
 
 def make_world(
@@ -69,6 +81,37 @@ def make_world(
     return out_dir / "world.json"
 
 
+def make_pictures(out_dir, *, seed: int, num_train: int, num_val: int, num_test: int):
+    """Write still pictures of the world below `out_dir`, and return the path of their card.
+
+    For the image model (TinyLLaVA). No defect is planted, so `captions.json` and `qa.json` are
+    training data as they stand, and the folder is its own manifest folder. The card names the
+    backbones of the toy world that `out_dir` lies in.
+    """
+    out_dir = Path(out_dir)
+    (out_dir / "pictures").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 1])
+    names = _Names(rng)
+    settings = dict(shares=world.TRAIN_SHARES, event_share=0.0)
+    train = [Entry(world.sample_scene(rng, **settings), names.picture()) for _ in range(num_train)]
+    val = [Entry(world.sample_scene(rng, event_share=0.0), names.picture()) for _ in range(num_val)]
+    test = [Entry(s, names.picture()) for s in _test_scenes(rng, num_test, event_share=0.0)]
+    for entry in train + val + test:
+        Image.fromarray(world.render(entry.scene, [0])[0]).save(out_dir / "pictures" / entry.name)
+    for prefix, entries in (("", train), ("val_", val)):
+        captions = [_caption_sample(entry, names.sample()) for entry in entries]
+        write_json(out_dir / f"{prefix}captions.json", captions)
+        qa = [_qa_sample(entry, names.sample(), rng, 0.0 if prefix else 0.3) for entry in entries]
+        write_json(out_dir / f"{prefix}qa.json", qa)
+    write_json(out_dir / "test_questions.json", _test_questions(rng, names, test))
+    card = {"seed": seed, "truth": "", "videos_dir": "pictures"}
+    card |= {"raw_captions": "captions.json", "raw_qa": "qa.json"}
+    card |= {key: f"{key}.json" for key in ("val_captions", "val_qa", "test_questions")}
+    card |= {"vision_dir": "../backbones/vision", "llm_dir": "../backbones/llm"}
+    write_json(out_dir / "world.json", card)
+    return out_dir / "world.json"
+
+
 def read_card(folder) -> dict:
     """The data card of a world folder, its paths made absolute. Errors name what is missing."""
     path = Path(folder) / "world.json"
@@ -99,6 +142,9 @@ class _Names:
     def clip(self) -> str:
         return f"{self._next()}.mp4"
 
+    def picture(self) -> str:
+        return f"{self._next()}.png"
+
     def sample(self) -> str:
         return self._next()
 
@@ -116,12 +162,14 @@ def _train_scenes(rng, count):
     return scenes
 
 
-def _test_scenes(rng, count):
+def _test_scenes(rng, count, event_share=1.0):
     every = world.SEEN_PAIRS + world.HELD_OUT_PAIRS
     return [
-        world.sample_scene(rng, pairs=every, must_have=world.HELD_OUT_PAIRS, event_share=1.0)
+        world.sample_scene(
+            rng, pairs=every, must_have=world.HELD_OUT_PAIRS, event_share=event_share
+        )
         if index % 3 == 0
-        else world.sample_scene(rng, event_share=1.0)
+        else world.sample_scene(rng, event_share=event_share)
         for index in range(count)
     ]
 
@@ -137,9 +185,7 @@ def _plant_clips(rng, names, train, test, count):
             if kind == "static":
                 scene = defects.still_scene(rng)
             else:
-                scene = (
-                    twin.scene if twin else world.sample_scene(rng, shares=world.TRAIN_SHARES)
-                )
+                scene = twin.scene if twin else world.sample_scene(rng, shares=world.TRAIN_SHARES)
             planted.append(Entry(scene, names.clip(), kind, twin))
     return planted
 
@@ -157,7 +203,7 @@ def _write_clips(folder: Path, clean, planted, rng):
         encoded = {_encode(job) for job in jobs}
     else:
         cores = len(os.sched_getaffinity(0))
-        with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(cores, get_context("spawn"), stand_back) as pool:
             encoded = set(pool.map(_encode, jobs, chunksize=32))
     for entry in planted:
         path = folder / entry.name
@@ -176,25 +222,25 @@ def _encode(job) -> Path:
 
 
 def _caption_sample(entry: Entry, sample_id: str) -> dict:
-    turns = [(questions.CAPTION_REQUEST, questions.caption(entry.scene))]
-    return _sample(entry, sample_id, turns)
+    return _sample(entry, sample_id, [entry.tell()])
 
 
 def _qa_sample(entry: Entry, sample_id: str, rng, caption_share: float = 0.0) -> dict:
     """Every question that the clip allows, and in `caption_share` of all cases its caption."""
-    turns = questions.write_turns(entry.scene, rng)
+    turns = questions.write_turns(entry.ask(rng), rng)
     if rng.random() < caption_share:
-        turns.append((questions.CAPTION_REQUEST, questions.caption(entry.scene)))
+        turns.append(entry.tell())
     return _sample(entry, sample_id, turns)
 
 
 def _sample(entry: Entry, sample_id: str, turns) -> dict:
+    kind = "image" if is_picture(entry.name) else "video"
     conversations = []
     for index, (question, answer) in enumerate(turns):
-        value = f"<video>\n{question}" if index == 0 else question
+        value = f"<{kind}>\n{question}" if index == 0 else question
         conversations.append({"from": "human", "value": value})
         conversations.append({"from": "gpt", "value": answer})
-    return {"id": sample_id, "video": entry.name, "conversations": conversations}
+    return {"id": sample_id, kind: entry.name, "conversations": conversations}
 
 
 def _raw_samples(rng, names, train, planted, count):
@@ -244,7 +290,7 @@ def _test_questions(rng, names, test):
     for entry in test:
         unseen = bool(entry.scene.pairs() & set(world.HELD_OUT_PAIRS))
         every = world.SEEN_PAIRS + world.HELD_OUT_PAIRS if unseen else world.SEEN_PAIRS
-        for question in questions.ask(entry.scene, rng, every):
+        for question in entry.ask(rng, every):
             head = {"video": entry.name, "type": question.type, "unseen_pair": unseen}
             text, letter, options = questions.as_choice(question, rng)
             found.append(

@@ -80,6 +80,8 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     cache = FeatureCache(model, ranks.device, DTYPES[config.precision])
     data = make_dataset(config, samples, model, processor, cache, batches, ranks)
     val_data = make_dataset(config, val_samples, model, processor, cache, val_batches, ranks)
+    if config.quantize:
+        lora.quantize(model, config.lora, config.quantize, DTYPES[config.precision], ranks.device)
     if config.lora:
         lora.add_adapters(model, config.lora, rank=config.lora_rank, alpha=config.lora_alpha,
                           dropout=config.lora_dropout,
@@ -141,7 +143,8 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     weights = checkpoint.gather_weights(engine.module, ranks.is_first)
     if config.lora and ranks.is_first:
         lora.save_adapter(weights, model.adapter_settings, out_dir / "adapter")
-        weights = lora.merge(weights, model.adapter_settings)
+        before = load_model(resolve(config.model_dir))[0].state_dict() if config.quantize else None
+        weights = lora.merge(weights, model.adapter_settings, before)
     checkpoint.save_model(engine.module, weights, processor, out_dir / "checkpoint", ranks)
     if ranks.is_first:
         write_json(out_dir / "train_config.json", as_dict(config))
@@ -236,6 +239,10 @@ def check_inputs(config: TrainConfig) -> None:
             raise ConfigError(f"{name}: {resolve(path)} does not exist")
     if not resolve(config.videos_dir).is_dir():
         raise ConfigError(f"videos_dir: {resolve(config.videos_dir)} is no folder")
+    zero = load_json(resolve(config.zero_config)).get("zero_optimization", {})
+    if config.quantize and zero.get("stage") == 3:
+        raise ConfigError(f"quantize = {config.quantize!r}, but {config.zero_config} shares out "
+                          "every matrix; take ZeRO 0 to 2")
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlv.chat import ConversationError, parse_conversation
+from tlv.chat import ConversationError, parse_conversation, visual_of
 from tlv.config import ConfigError, load_json, resolve
 from tlv.pretrained import ModelFolderError, read_config
 from tlv.toy_data import CARD_KEYS
-from tlv.video import VideoError, read_image, sample_frames
+from tlv.video import VideoError, sample_frames
 
 MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
 QUESTION_KEYS = ("id", "video", "type", "form", "question", "answer", "options", "unseen_pair")
@@ -90,7 +90,7 @@ def _check_question(question) -> None:
 
 def _check_visual(sample, videos: Path, decode: bool, seen: dict) -> None:
     """The sample's file is there and, with `decode`, gives a frame; each file is tried once."""
-    file = sample.get("video") or sample.get("image")
+    file = visual_of(sample)
     if file is None:
         return
     if file not in seen:
@@ -99,10 +99,7 @@ def _check_visual(sample, videos: Path, decode: bool, seen: dict) -> None:
             seen[file] = f"{file}: not in videos_dir"
         elif decode:
             try:
-                if sample.get("video"):
-                    sample_frames(path, num_frames=1)
-                else:
-                    read_image(path)
+                sample_frames(path, num_frames=1)
             except VideoError as error:
                 seen[file] = f"{file}: {error.reason}"
     if seen[file]:

@@ -256,9 +256,14 @@ def sample_frames(
 ) -> Clip:
     """Sample a clip: `num_frames` evenly ("uniform"), or `fps` per second capped at `max_frames`.
 
+    A picture is a clip of one frame, however many are asked for.
+
     With `timeout_s` the decoding happens in a child process, which is killed when it hangs; the
     child serves many clips, so that only its first start costs time. Raises VideoError.
     """
+    if is_picture(path):
+        frames = read_image(path)  # (1, H, W, 3)
+        return Clip(frames, np.zeros(1, dtype=int), np.zeros(1), 1, 0.0, 0.0)
     request = dict(num_frames=num_frames, sampling=sampling, fps=fps, max_frames=max_frames)
     _choose(1, 1.0, **request)  # a wrong request is not the clip's fault
     if timeout_s is not None:
@@ -266,6 +271,11 @@ def sample_frames(
 
         return child().ask(path, request, timeout_s)
     return _read(path, lambda total, native_fps: _choose(total, native_fps, **request))
+
+
+def is_picture(path) -> bool:
+    """By the ending of its name, as web data has it."""
+    return Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def read_image(path) -> np.ndarray:

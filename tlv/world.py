@@ -32,6 +32,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PLACES = (  # one word each: options that share words are hard to tell apart
     "northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast",
 )  # fmt: skip
+CLEAR = 2.0  # pixels from a line between two places; nearer, the place has no plain answer
 NUM_THINGS_SHARES = (0.55, 0.35, 0.1)  # of the scenes with one, two and three things
 TRAIN_SHARES = (0.35, 0.5, 0.15)  # in training: what goes with what is learnt from several things
 EVENTS = ("appears", "leaves", "changes colour")
@@ -263,3 +264,9 @@ def render(scene: Scene, frames=None) -> np.ndarray:
 def place_name(x: float, y: float) -> str:
     """The ninth of the frame that a point lies in: "northwest" ... "centre" ... "southeast"."""
     return PLACES[int(y * 3 // SIZE) * 3 + int(x * 3 // SIZE)]
+
+
+def is_place_clear(x: float, y: float) -> bool:
+    """Whether a centre lies at least CLEAR pixels from every line between two places."""
+    cell = SIZE / 3
+    return all(min(v % cell, cell - v % cell) >= CLEAR for v in (x, y))

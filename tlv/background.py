@@ -1,0 +1,65 @@
+"""Functions that run in processes of their own while a notebook goes on. Used in notebook 00."""
+
+import logging
+import os
+from concurrent.futures import ProcessPoolExecutor
+from logging.handlers import QueueHandler, QueueListener
+from multiprocessing import connection, get_context, parent_process
+from threading import Thread
+
+import torch
+
+
+class Background:
+    """Jobs that have been started, a process each; `wait` for what they return.
+
+    `jobs` maps names to a function and its keyword arguments, the most urgent one first: where
+    there are fewer cores than processes, the others stand back. What a job logs under the name of
+    this package is shown while one waits. The processes end with the one that started them.
+    """
+
+    def __init__(self, jobs: dict, num_threads: int = 1):
+        context = get_context("spawn")
+        # A notebook's kernel shows twice what another process prints, so lines come by a queue.
+        self._lines = context.Queue()
+        self._pool = ProcessPoolExecutor(
+            len(jobs), context, _start_worker, (num_threads, self._lines)
+        )
+        self._futures = {
+            name: self._pool.submit(_run, function, urgency, kwargs)
+            for urgency, (name, (function, kwargs)) in enumerate(jobs.items())
+        }
+
+    def wait(self) -> dict:
+        """What every job returns, by name. An error in a job is raised here."""
+        listener = QueueListener(self._lines, logging.StreamHandler())
+        listener.start()
+        try:
+            return {name: future.result() for name, future in self._futures.items()}
+        finally:
+            listener.stop()
+            self._pool.shutdown()
+
+
+def stand_back() -> None:
+    """Let other processes go first on a busy machine."""
+    os.nice(10)
+
+
+def _start_worker(num_threads: int, lines) -> None:
+    torch.set_num_threads(num_threads)
+    log = logging.getLogger("tlv")
+    log.addHandler(QueueHandler(lines))
+    log.setLevel(logging.INFO)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def _run(function, urgency: int, kwargs: dict):
+    if urgency:
+        stand_back()
+    return function(**kwargs)
