@@ -180,6 +180,8 @@ def test_banner_table_is_filled_from_recorded_costs(tmp_path, monkeypatch):
     assert "| tiny | " in text and "| 2.1 min | 1.5 GiB |" in text
     assert "| smoke | not yet measured |" in text and text.count("| run |") == 1
     assert problems_of(notebook, tmp_path) == ""
+    notebooks.drop_banner(notebook)  # in the executed copy of a stage
+    assert notebook.cells[0].source == "# 00 · Title\nWhy?"
 
 
 @pytest.mark.slow

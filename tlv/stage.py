@@ -63,7 +63,9 @@ def run(name: str, preset: str) -> None:
         _execute(source, target, values)
     finally:
         if target.exists():
-            notebooks.write(target, notebooks.canonicalise(notebooks.read(target), name[:2]))
+            executed = notebooks.canonicalise(notebooks.read(target), name[:2])
+            notebooks.drop_banner(executed)
+            notebooks.write(target, executed)
     seconds = time.monotonic() - start
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
     record_cost(preset, name, seconds, peak_kib)
