@@ -90,7 +90,7 @@ def make_pictures(out_dir, *, seed: int, num_train: int, num_val: int, num_test:
     """
     out_dir = Path(out_dir)
     (out_dir / "pictures").mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 5])
     names = _Names(rng)
     settings = dict(shares=world.TRAIN_SHARES, event_share=0.0)
     train = [Entry(world.sample_scene(rng, **settings), names.picture()) for _ in range(num_train)]

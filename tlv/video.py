@@ -115,21 +115,27 @@ class _Index:
 
 
 def _index(path) -> _Index:
+    pts, keys, is_closed = [], [], True
     with _open(path) as container:
         stream = container.streams.best("video")
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         promised, rate, time_base = stream.frames, stream.average_rate, float(stream.time_base)
         codec, kind = stream.codec_context.name, container.format.name
-    if not packets or any(p.pts is None for p in packets):
+        for packet in container.demux(stream):  # one at a time: together they are the whole file
+            if not packet.size or packet.is_discard:
+                continue
+            pts.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+                is_closed &= codec != "h264" or _is_idr(bytes(packet))
+    if not pts or None in pts:
         raise VideoError(path, "its frames carry no times; remux it with ffmpeg first")
-    if promised > len(packets):
+    if promised > len(pts):
         raise VideoError(path, f"truncated: its header promises {promised} frames, the file holds "
-                               f"{len(packets)}; copy it again")
-    pts, keys = sorted(p.pts for p in packets), [p for p in packets if p.is_keyframe]
-    is_closed = codec != "h264" or all(_is_idr(bytes(p)) for p in keys)
+                               f"{len(pts)}; copy it again")
+    pts.sort()
     span = (pts[-1] - pts[0]) * time_base
     fps = float(rate) if rate else (len(pts) - 1) / span if span > 0 else 1.0
-    return _Index(pts, sorted(p.pts for p in keys), time_base, fps, codec, kind, is_closed)
+    return _Index(pts, sorted(keys), time_base, fps, codec, kind, is_closed)
 
 
 def _is_idr(data: bytes) -> bool:
@@ -163,34 +169,40 @@ def _brief(error) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
-# ---- two decoders: distinct ascending frame numbers -> (T, H, W, 3) uint8 -------------------
+# ---- two decoders: distinct ascending frame numbers -> chunks (n, H, W, 3) uint8 -------------
 
 
-def _decode_with_decord(path, index: _Index, numbers) -> np.ndarray:
+def _decode_with_decord(path, index: _Index, numbers, size: int):
     import decord  # only here: PyAV alone serves machines that decord has no wheel for
 
     decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(str(path), num_threads=1)
     if len(reader) != len(index.pts):
         raise VideoError(path, f"decord counts {len(reader)} frames, PyAV {len(index.pts)}")
-    return reader.get_batch(list(numbers)).asnumpy()
+    for start in range(0, len(numbers), size):
+        yield reader.get_batch(list(numbers[start : start + size])).asnumpy()
 
 
-def _decode_with_pyav(path, index: _Index, numbers) -> np.ndarray:
+def _decode_with_pyav(path, index: _Index, numbers, size: int):
     """Seek to the keyframe before each frame; where that fails (MPEG-TS), read from the start."""
-    wanted = [index.pts[i] for i in numbers]
-    frames = _frames_at(path, index, wanted, can_seek=True)
-    if len(frames) < len(wanted):
-        frames = _frames_at(path, index, wanted, can_seek=False)
-    if len(frames) < len(wanted):
-        seconds = wanted[len(frames)] * index.time_base
+    wanted, chunk = [index.pts[i] for i in numbers], []
+    for can_seek in (True, False):
+        for image in _frames_at(path, index, list(wanted), can_seek):
+            del wanted[0]
+            chunk.append(image)
+            if len(chunk) == size:
+                yield np.stack(chunk)
+                chunk = []
+    if wanted:
+        seconds = wanted[0] * index.time_base
         raise VideoError(path, f"damaged: no frame decodes at {seconds:.3f} s; copy it again")
-    return np.stack(frames)
+    if chunk:
+        yield np.stack(chunk)
 
 
-def _frames_at(path, index: _Index, wanted, can_seek: bool) -> list[np.ndarray]:
+def _frames_at(path, index: _Index, wanted, can_seek: bool):
     """The frames shown at the times `wanted` (ticks), up to the first that is not found."""
-    frames, shown = [], None
+    shown = None
     with _open(path) as container:
         stream = container.streams.best("video")
         decoded = container.decode(stream)
@@ -202,21 +214,23 @@ def _frames_at(path, index: _Index, wanted, can_seek: bool) -> list[np.ndarray]:
             if frame is None:
                 break
             image = frame.to_ndarray(format="rgb24")
-            frames.append(np.rot90(image, frame.rotation // 90))  # as the file says it is shown
+            yield np.rot90(image, frame.rotation // 90)  # as the file says it is shown
             shown = pts
-    return frames
 
 
-def _decode(path, index: _Index, numbers) -> np.ndarray:
-    """Distinct ascending frame numbers -> (T, H, W, 3): decord where it is right, else PyAV."""
-    is_safe = index.is_closed and index.codec in DECORD_CODECS
+def _decode(path, index: _Index, numbers, size: int):
+    """Distinct ascending frame numbers -> chunks: decord where it is right, else PyAV."""
+    is_safe, done = index.is_closed and index.codec in DECORD_CODECS, 0
     if is_safe and any(name in index.container for name in DECORD_CONTAINERS):
         try:
-            return _decode_with_decord(path, index, numbers)
+            for chunk in _decode_with_decord(path, index, numbers, size):
+                yield chunk
+                done += len(chunk)
+            return
         except Exception:  # decord's own error is a bare Exception; PyAV says what is wrong
             pass
     try:
-        return _decode_with_pyav(path, index, numbers)
+        yield from _decode_with_pyav(path, index, numbers[done:], size)
     except av.FFmpegError as error:
         reason = f"damaged, it opens but does not decode: {_brief(error)}"
         raise VideoError(path, reason) from error
@@ -227,12 +241,16 @@ def _read(path, choose) -> Clip:
     index = _index(path)
     total = len(index.pts)
     indices = np.asarray(choose(total, index.fps), dtype=int)  # (T,)
+    _check_numbers(path, indices, total)
+    numbers, places = np.unique(indices, return_inverse=True)
+    frames = np.concatenate(list(_decode(path, index, numbers, len(numbers))))[places]
+    return Clip(frames, indices, index.seconds(indices), total, index.fps, total / index.fps)
+
+
+def _check_numbers(path, indices, total):
     bad = indices[(indices < 0) | (indices >= total)]
     if bad.size:
         raise VideoError(path, f"frame {bad[0]} was asked for, it has frames 0 to {total - 1}")
-    numbers, places = np.unique(indices, return_inverse=True)
-    frames = _decode(path, index, numbers)[places]  # (T, H, W, 3)
-    return Clip(frames, indices, index.seconds(indices), total, index.fps, total / index.fps)
 
 
 # ---- the public readers ---------------------------------------------------------------------
@@ -241,7 +259,7 @@ def _read(path, choose) -> Clip:
 def probe(path) -> VideoInfo:
     """Count frames and read sizes and times, decoding the first frame only."""
     index = _index(path)
-    height, width = _decode(path, index, [0]).shape[1:3]
+    height, width = next(_decode(path, index, [0], 1)).shape[1:3]
     total = len(index.pts)
     return VideoInfo(total, index.fps, total / index.fps, width, height, index.codec)
 
@@ -249,6 +267,35 @@ def probe(path) -> VideoInfo:
 def read_frames(path, indices=None) -> np.ndarray:
     """The frames numbered `indices` (None: all), in that order -> (T, H, W, 3) uint8 RGB."""
     return _read(path, lambda total, fps: range(total) if indices is None else indices).frames
+
+
+def read_chunks(path, indices, size: int = 64):
+    """The frames numbered `indices` (ascending, each once), read in order and `size` at a time.
+
+    Yields (n, H, W, 3) uint8 RGB, n <= size; never more than one chunk is in memory. Raises
+    VideoError, for a file that is damaged further on when that place is reached. Notebook 06.
+    """
+    if is_picture(path):
+        yield read_image(path)
+        return
+    index, indices = _index(path), np.asarray(indices, dtype=int)
+    if (np.diff(indices) <= 0).any():
+        raise ValueError("indices must be ascending, each one once")
+    _check_numbers(path, indices, len(index.pts))
+    yield from _decode(path, index, indices, size)
+
+
+def plan_frames(path, num_frames=16, sampling="uniform", fps=1.0, max_frames=64):
+    """Which frames `sample_frames` reads, each once -> their numbers (T,) and seconds (T,).
+
+    Nothing is decoded. A clip shorter than `num_frames` gives all its frames. Notebook 06.
+    """
+    if is_picture(path):
+        return np.zeros(1, dtype=int), np.zeros(1)
+    index = _index(path)
+    chosen = _choose(len(index.pts), index.fps, num_frames, sampling, fps, max_frames)
+    numbers = np.unique(chosen)  # (T,)
+    return numbers, index.seconds(numbers)
 
 
 def sample_frames(
