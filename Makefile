@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test lab notebooks book bench report remote lint clean
+.PHONY: help venv repro test long lab notebooks book bench report remote lint clean
 
 help: ## print this list
 	@echo "make repro, then make test. All targets:"
@@ -26,6 +26,9 @@ repro: venv ## run the pipeline, raw clips to evaluated model; only what changed
 
 test: venv ## run all tests: units, golden values, notebooks, a small pipeline in a clone
 	python -m pytest
+
+long: venv ## notebook 06 on the whole grid: all selections and mergings, clips to 10,000 frames
+	python -m tlv.stage run 06_long_video --preset tiny/long
 
 lab: venv ## open the notebooks in JupyterLab
 	jupyter lab --notebook-dir=notebooks
@@ -51,5 +54,5 @@ lint: venv ## check the code's style
 	ruff check .
 
 clean: ## delete scratch files and unfinished runs; keeps .venv, results and the DVC cache
-	rm -rf outputs/scratch outputs/.resume outputs/.code .pytest_cache .ruff_cache
+	rm -rf outputs/scratch outputs/.resume outputs/.code outputs/.embeddings .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Small random backbones in the published Hugging Face form, and a model built from them."""
 
 import os
+import shutil
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +42,15 @@ def vision_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("vision")
     SiglipModel(config).save_pretrained(path)
     SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pair_dir(tmp_path_factory, vision_dir, tokenizer):
+    """The same SigLIP folder with a tokenizer, so that it can embed questions of 16 tokens."""
+    path = tmp_path_factory.mktemp("pair") / "pair"
+    shutil.copytree(vision_dir, path)
+    tokenizer.save_pretrained(path)
     return path
 
 

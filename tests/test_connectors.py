@@ -10,7 +10,8 @@ from tlv.resamplers import group_sizes, position_encoding
 SIZES = dict(vision_width=48, llm_width=64, num_queries=32, num_groups=4, num_layers=2, width=32,
              vision_widths=(32, 16), patches_per_frame=4)
 SPECIAL = {"identity": dict(llm_width=48), "mean_pool": dict(num_queries=16)}
-NAMES = [name.replace("{N}", "3") for name in CONNECTORS]
+# vilamp wants frames, keyframes and a query: tests/test_vilamp.py
+NAMES = [name.replace("{N}", "3") for name in CONNECTORS if name != "vilamp"]
 
 
 def build(name, **changes):

@@ -12,10 +12,20 @@ from tlv.merging import (
     DropMerging,
     LearnedMerging,
     MeanMerging,
+    MergeStream,
     PaperMerging,
     merge_frames,
-    merge_stream,
 )
+
+
+def merge_stream(merge, chunks, keyframes, query):
+    """Feed all chunks, one alive at a time."""
+    stream, chunks = MergeStream(merge, keyframes, query), iter(chunks)
+    while (chunk := next(chunks, None)) is not None:
+        yield from stream.feed(chunk)
+        del chunk
+    stream.close()
+
 
 
 def det(rows, width, a=1.0, b=0.0):

@@ -14,6 +14,9 @@ for t in range(16):
 FIGURES = {
     "pipeline_strip": lambda: viz.pipeline_strip("02"),
     "frame_strip": lambda: viz.frame_strip(FRAMES, np.arange(16) / 8, "A clip", marked=[2]),
+    "frame_maps": lambda: viz.frame_strip(FRAMES, np.arange(16) / 8, "Weights",
+                                          maps=np.random.default_rng(0).random((16, 6, 6))),
+    "cells": lambda: viz.heatmap([[0.1, 0.9]], "Hits", texts=[["1/9", "9/9"]], limits=(0, 1)),
     "one_frame": lambda: viz.frame_strip(FRAMES[:1], [0.5]),
     "gallery": lambda: viz.gallery(
         [(FRAMES, np.arange(16) / 8, ["Q: where?", "A: right"], True),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tlv import long_video
 from tlv.chat import render, with_video
 from tlv.model import load_model
 from tlv.pretrained import ModelFolderError
@@ -41,10 +42,23 @@ def ask(path, question, model_dir, device="cpu", max_new_tokens=64, timeout_s=60
     if not Path(path).is_file():
         raise VideoError(path, "no such file")
     model, processor = load_model(model_dir, what="--model")
+    if processor.selector is not None:
+        return _ask_long(model.to(device), processor, path, question, max_new_tokens)
     clip = processor.sample(path, timeout_s)
     looked = "frames looked at: the picture" if is_picture(path) else describe_frames(clip)
     said = answer(model.to(device), processor, clip.frames, question, max_new_tokens)
     return f"{said}\n{looked}"
+
+
+def _ask_long(model, processor, path, question, max_new_tokens) -> str:
+    """The same from a model that chooses keyframes by the question."""
+    query = question.split("\n")[0]
+    (said,) = long_video.generate(model, processor, path, [(question, query)], max_new_tokens)
+    numbers, seconds = processor.plan(path)
+    keyframes = processor.select(path, query)[0]
+    seen = ", ".join(f"{numbers[k]} ({seconds[k]:.2f} s)" for k in keyframes.tolist())
+    text = processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
+    return f"{text}\nkeyframes: {len(keyframes)} of the {len(numbers)} frames looked at\n{seen}"
 
 
 def main(arguments=None) -> int:

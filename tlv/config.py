@@ -176,6 +176,7 @@ class TrainConfig:
     val_data: str | None = None
     template: str | None = None  # None: the model's own
     turns: Literal["packed", "separate", "isolated"] = "packed"
+    spread_positions: bool = False  # random gaps between video tokens, over the LLM's context
     trainable: tuple[Literal["connector", "llm", "vision"], ...] = ("connector",)
     lr_connector: float | None = None  # peak learning rates; None: frozen
     lr_llm: float | None = None

@@ -1,10 +1,10 @@
 """Connectors: patch features of a whole clip -> video tokens of the LLM's width.
 
 Every connector maps (B, S, D_v) to (B, Q, D), where S = T * N patches of a clip; a picture is a
-clip of one frame. Those here give every patch its token, or average patches; those that read the
-clip with learned latents are in `tlv.resamplers`. `linear` is LLaVA's (arXiv 2304.08485), the MLP
-LLaVA-1.5's (arXiv 2310.03744), `mof_mlp` the mixture of features' (arXiv 2401.06209).
-Taught in notebook 02.
+clip of one frame. (`vilamp` alone wants frames, keyframes and a query: `tlv.vilamp`.) Those here
+give every patch its token, or average patches; those that read the clip with learned latents are in
+`tlv.resamplers`. `linear` is LLaVA's (arXiv 2304.08485), the MLP LLaVA-1.5's (arXiv 2310.03744),
+`mof_mlp` the mixture of features' (arXiv 2401.06209). Taught in notebook 02.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tlv.mlp import mlp
 from tlv.resamplers import (
     BenchResampler,
     FrameResampler,
@@ -22,6 +23,7 @@ from tlv.resamplers import (
     QFormer,
     Resampler,
 )
+from tlv.vilamp import Vilamp
 
 
 class PerPatch(nn.Module):
@@ -83,14 +85,6 @@ class MeanPool(nn.Module):
         return math.prod(self.shape)
 
 
-def mlp(vision_width: int, llm_width: int, depth: int) -> nn.Sequential:
-    """`depth` matrices with a GELU between each two."""
-    layers = [nn.Linear(vision_width, llm_width)]
-    for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
-    return nn.Sequential(*layers)
-
-
 # ---- by name --------------------------------------------------------------------------------
 
 
@@ -144,6 +138,15 @@ def _narrow(cls):
     return lambda o: cls(**{name: o[name] for name in names}, num_latents=o["num_queries"])
 
 
+def _vilamp(o):
+    if not o["query_width"]:
+        raise ValueError("connector 'vilamp' chooses frames by an image-text pair; name its folder "
+                         "as selector_dir")
+    names = ("vision_width", "llm_width", "num_keyframes", "patches_per_frame", "query_width",
+             "keyframe_grid", "merging", "merging_width")
+    return Vilamp(**{name: o[name] for name in names})
+
+
 CONNECTORS = {
     "identity": _identity,
     "linear": lambda o: PerPatch(mlp(o["vision_width"], o["llm_width"], 1)),
@@ -160,17 +163,19 @@ CONNECTORS = {
     "frame_resampler": _wide(
         FrameResampler, num_latents=_per_group, patches_per_frame=lambda o: o["patches_per_frame"]
     ),
+    "vilamp": _vilamp,
 }
 
 
 def build_connector(name, *, vision_width, llm_width, num_queries, num_groups, num_layers,
                     num_heads=8, head_dim=64, width=768, position_dtype="float16",
-                    patches_per_frame=None, vision_widths=()) -> nn.Module:
+                    patches_per_frame=None, vision_widths=(), num_keyframes=32, keyframe_grid=0,
+                    query_width=0, merging="learned", merging_width=256) -> nn.Module:
     """A connector by name; what a connector does not have (queries, groups) it ignores.
 
     `width` is that of the narrow ones (bench_resampler, qformer), `patches_per_frame` (N) is needed
-    by those that know frames (mean_pool, frame_resampler), `vision_widths` by mof_mlp. Raises
-    ValueError for an unknown name, and for sizes that do not fit.
+    by those that know frames (mean_pool, frame_resampler, vilamp), `vision_widths` by mof_mlp, all
+    that follows by vilamp. Raises ValueError for an unknown name, and for sizes that do not fit.
     """
     options = dict(locals())
     depth = re.fullmatch(r"mlp([1-9])x_gelu", name)

@@ -10,21 +10,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tlv.chat import (
     IGNORE_INDEX,
+    PLACEHOLDER,
     VIDEO_TOKEN,
     ConversationError,
     check_stop,
     encode,
     parse_conversation,
+    video_token_id,
     visual_of,
     with_video,
 )
 from tlv.config import ConfigError, load_json
 from tlv.isolation import isolate, pad_rows
+from tlv.positions import spread
+from tlv.selector import QueryError
 from tlv.video import VideoError
 from tlv.vision import count_patches
 
@@ -60,15 +65,20 @@ class VideoTextDataset(Dataset):
     turns = "isolated": one row per sample, and no turn sees another: what "separate" computes,
     with the clip's tokens once.
     `cache` (a filled FeatureCache) gives what the vision encoder made of the clip, in its place.
+    `gap_seed` (None: no gaps) spreads positions over the LLM's context, each sample's always alike.
+
+    A processor with a selector also gives keyframes, for the sample's `query`, or its first
+    question where it has none. Where "video" is a list of files, they are shown one after another.
     """
 
     def __init__(self, samples, videos_dir, model, processor, *, template=None, turns="packed",
-                 timeout_s=None, cache=None):
+                 timeout_s=None, cache=None, gap_seed=None):
         if not Path(videos_dir).is_dir():
             raise ConfigError(f"videos_dir = {videos_dir}: no such folder")
         self.samples, self.videos_dir, self.cache = samples, Path(videos_dir), cache
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.config, self.turns, self.timeout_s = model.config, turns, timeout_s
+        self.gap_seed = gap_seed
         self.template = template or self.config.template
         check_stop(self.template, self.tokenizer, "the model")
 
@@ -85,26 +95,33 @@ class VideoTextDataset(Dataset):
             clip = self._load(sample)
             num_frames = None if clip is None else len(clip)
             rows = self._encode(turns, num_frames)
+            if self.gap_seed is not None:
+                rows = self._spread(rows, np.random.default_rng([self.gap_seed, index]))
+            keys = {} if clip is None else self._select(sample, turns)
         except VideoError as error:  # its path may be absolute: name the file as the manifest does
             return BadSample(name, f"{visual_of(sample)}: {error.reason}")
-        except (ConversationError, BadRow) as error:
+        except (ConversationError, BadRow, QueryError) as error:
             return BadSample(name, str(error))
-        return {"id": name, "clip": clip, "rows": rows}
+        return {"id": name, "clip": clip, "rows": rows, **keys}
 
     def path(self, sample) -> Path | None:
         """The sample's clip or picture; None for a sample of text alone."""
-        file = visual_of(sample)
-        if file is None:
-            return None
-        if not isinstance(file, str) or not file:
-            raise VideoError(repr(file), "'video' must be a file name relative to videos_dir")
-        return self.videos_dir / file
+        paths = self.paths(sample)
+        return paths[0] if paths else None
+
+    def paths(self, sample) -> list[Path]:
+        """The files that a sample shows one after the other; none for a sample of text alone."""
+        files = visual_of(sample)
+        files = [] if files is None else files if isinstance(files, list) else [files]
+        if not all(isinstance(file, str) and file for file in files):
+            raise VideoError(repr(visual_of(sample)),
+                             "'video' must be a file name relative to videos_dir, or some of them")
+        return [self.videos_dir / file for file in files]
 
     def _load(self, sample) -> torch.Tensor | None:
-        path = self.path(sample)
-        if path is None:
-            return None
-        return self.read(path) if self.cache is None else self.cache[path]
+        paths = self.paths(sample)
+        parts = [self.read(path) if self.cache is None else self.cache[path] for path in paths]
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def read(self, path) -> torch.Tensor:
         """Decode one clip or picture -> (T, C, H, W) float32. Raises VideoError."""
@@ -125,6 +142,22 @@ class VideoTextDataset(Dataset):
             check_row(row, self.config.max_seq_len)
         return rows
 
+    def _spread(self, rows, rng) -> list[dict]:
+        placeholder = video_token_id(self.tokenizer)
+        limit = self.config.text_config.max_position_embeddings
+        return [spread(row, [token == placeholder for token in row["input_ids"]], limit, rng)
+                for row in rows]
+
+    def _select(self, sample, turns) -> dict:
+        """Keyframes and the query's embedding, where the model wants them."""
+        if self.processor.selector is None:
+            return {}
+        query = sample.get("query") or PLACEHOLDER.sub("", turns[0][0])
+        embed = self.processor.embed if self.cache is None else self.cache.embeddings.get
+        frames = torch.cat([embed(path) for path in self.paths(sample)])  # (T, D_q)
+        keyframes, vector = self.processor.choose(frames, query)
+        return {"keyframes": keyframes, "query": vector}
+
     def blank(self) -> dict:
         """An item that weighs nothing: one black clip, no answer. It fills a bad sample's place.
 
@@ -141,7 +174,10 @@ class VideoTextDataset(Dataset):
             clip = torch.zeros(num_frames, num_patches, vision.hidden_size)
         num_tokens = self.processor.num_tokens(num_frames)
         row = encode([(VIDEO_TOKEN, "")], self.template, self.tokenizer, num_tokens)
-        return {"id": "", "clip": clip,
+        keys = {}
+        if self.processor.selector is not None:
+            keys = {"keyframes": torch.tensor([0]), "query": torch.zeros(self.config.query_width)}
+        return {"id": "", "clip": clip, **keys,
                 "rows": [{**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}]}
 
 
@@ -172,19 +208,22 @@ class FeatureCache:
     def __init__(self, model, device, dtype):
         self._model, self._device, self._dtype = model, device, dtype
         self._found: dict[Path, torch.Tensor | VideoError] = {}
+        self.embeddings: dict[Path, torch.Tensor] = {}  # of the selector, where there is one
 
     def fill(self, dataset: VideoTextDataset, indices, progress=iter) -> None:
         """Decode and encode the clips of the samples `indices`, each once."""
         encoder = self._model.vision_encoder.to(self._device, self._dtype).eval()
         encoder.requires_grad_(False)
         samples = [dataset.samples[index] for index in sorted(set(indices))]
-        paths = dict.fromkeys(_path_or_none(dataset, sample) for sample in samples)
-        todo = [path for path in paths if path is not None and path not in self._found]
+        paths = dict.fromkeys(path for sample in samples for path in _paths(dataset, sample))
+        todo = [path for path in paths if path not in self._found]
         for path, found in zip(progress(todo), _read_ahead(dataset.read, todo), strict=True):
             if not isinstance(found, VideoError):
                 with torch.no_grad():
                     pixels = found.to(self._device, self._dtype)  # (T, C, H, W)
                     found = self._model.vision_features(pixels).cpu()  # (T, N, D_v)
+                if dataset.processor.selector is not None:
+                    self.embeddings[path] = dataset.processor.embed(path)
             self._found[path] = found
 
     def __getitem__(self, path: Path) -> torch.Tensor:
@@ -217,11 +256,11 @@ def _read_ahead(read, paths, ahead: int = 4):
             yield waiting.popleft().result()
 
 
-def _path_or_none(dataset, sample) -> Path | None:
+def _paths(dataset, sample) -> list[Path]:
     try:
-        return dataset.path(sample) if isinstance(sample, dict) else None
+        return dataset.paths(sample) if isinstance(sample, dict) else []
     except VideoError:
-        return None
+        return []
 
 
 # ---- micro-batches --------------------------------------------------------------------------
@@ -234,7 +273,7 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
     Returns input_ids, labels, attention_mask (R, L), or (R, 1, L, L) with position_ids (R, L)
     where turns are isolated, `clips` (num_clips, T, ...) or a list where
     lengths differ, the model's name for them (clip_key), video_index (visual rows,) and `bad`,
-    a list of BadSample.
+    a list of BadSample; of a model with a selector also keyframes, a list of (K,), and queries.
     """
     bad = [item for item in items if isinstance(item, BadSample)]
     good = [item for item in items if not isinstance(item, BadSample)]
@@ -246,10 +285,16 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
         if item["clip"] is not None:
             video_index += [len(clips)] * len(item["rows"])
             clips.append(item["clip"])
+    selected = [item for item in good if "keyframes" in item]
+    keys = {}
+    if selected:
+        keys = {"keyframes": [item["keyframes"] for item in selected],
+                "queries": torch.stack([item["query"] for item in selected])}  # (num_clips, D_q)
     if len({clip.shape for clip in clips}) == 1:
         clips = torch.stack(clips)
     return {
         **pad_rows(rows, pad_id),
+        **keys,
         "clips": clips,
         "clip_key": clip_key,
         "video_index": torch.tensor(video_index),

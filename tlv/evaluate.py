@@ -18,6 +18,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
+from tlv import long_video
 from tlv.chat import encode, stop_token_ids, with_video
 from tlv.video import VideoError
 
@@ -67,10 +68,15 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
 
     Questions of one clip follow each other, so that each clip is decoded and encoded once. Rows are
     padded on the left and clips go in as features (T, N, D_v). A clip that cannot be decoded gives
-    an Answer with its error. `progress` wraps the batches (tqdm).
+    an Answer with its error. `progress` wraps the batches (tqdm). A model that chooses frames by
+    the question takes a question's `query`, or else its first line, and one clip at a time.
     """
     is_training = model.training
     model.eval()
+    if processor.selector is not None:
+        answers = _answer_long(model, processor, questions, videos_dir, max_new_tokens, progress)
+        model.train(is_training)
+        return answers
 
     def place(i):
         return questions[i]["video"] or "", len(questions[i]["question"]), i
@@ -93,6 +99,30 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
             answers = _generate(model, processor, rows, max_new_tokens)
             found |= dict(zip(good, answers, strict=True))
     model.train(is_training)
+    return [found[i] for i in range(len(questions))]
+
+
+def _answer_long(model, processor, questions, videos_dir, max_new_tokens, progress):
+    ends, found = stop_token_ids(model.config.template, processor.tokenizer), {}
+    names = [question["video"] for question in questions]
+    if None in names:
+        blind_ones = [i for i, name in enumerate(names) if name is None]
+        rows = [(questions[i]["question"], None) for i in blind_ones]
+        answers = _generate(model, processor, rows, max_new_tokens)
+        found |= dict(zip(blind_ones, answers, strict=True))
+    for name in progress(sorted(set(names) - {None})):
+        its = [i for i, other in enumerate(names) if other == name]
+        asked = [(q["question"], q.get("query") or q["question"].split("\n")[0])
+                 for q in (questions[i] for i in its)]
+        try:
+            said = long_video.generate(model, processor, Path(videos_dir) / name, asked,
+                                       max_new_tokens)
+        except VideoError as error:
+            found |= {i: Answer("", error=str(error.reason)) for i in its}
+            continue
+        for i, one in zip(its, said, strict=True):
+            tokens, log_probs = torch.tensor(one.tokens), torch.tensor(one.log_probs)
+            found[i] = _to_answer(tokens, log_probs, ends, processor.tokenizer)
     return [found[i] for i in range(len(questions))]
 
 

@@ -129,6 +129,24 @@ def top_k_keyframes(frames, query, num_keyframes) -> torch.Tensor:
     return _sorted(_by_relevance(frame_relevance(frames, query))[:num_keyframes])
 
 
+def choose_keyframes(selection, frames, query, num_keyframes, threshold) -> torch.Tensor:
+    """Keyframes by one of SELECTIONS: frames (T, D), query (D,) -> (min(T, num_keyframes),) int64.
+
+    The number is the same for all, so that they can be compared. Raises ValueError for an unknown
+    name, and as the function named does. Taught in notebook 06.
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection {selection!r} is unknown; known are {', '.join(SELECTIONS)}")
+    return SELECTIONS[selection](frames, query, num_keyframes, threshold)
+
+
+SELECTIONS = {
+    "dks": select_keyframes,
+    "top_k": lambda frames, query, count, threshold: top_k_keyframes(frames, query, count),
+    "uniform": lambda frames, query, count, threshold: uniform_keyframes(len(frames), count),
+}
+
+
 def frame_relevance(frames, query) -> torch.Tensor:
     """Cosine of every frame with the question: frames (T, D), query (D,) -> (T,) float32.
 

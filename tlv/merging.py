@@ -114,6 +114,30 @@ class DropMerging(nn.Module):
         return frames.new_zeros(0, frames.shape[-1])  # (0, D_v)
 
 
+MERGINGS = {
+    "learned": lambda vision_width, query_width, width: LearnedMerging(
+        vision_width, query_width, width
+    ),
+    "paper": lambda vision_width, query_width, width: PaperMerging(),
+    "mean": lambda vision_width, query_width, width: MeanMerging(),
+    "drop": lambda vision_width, query_width, width: DropMerging(),
+}
+
+
+def build_merging(name, vision_width, query_width, width=256) -> nn.Module:
+    """One of MERGINGS; `width` is that of the learned one's space.
+
+    Raises ValueError for an unknown name, and for `paper` where patch and query differ in width:
+    their cosines would mean nothing. Taught in notebook 06.
+    """
+    if name not in MERGINGS:
+        raise ValueError(f"merging {name!r} is unknown; known are {', '.join(MERGINGS)}")
+    if name == "paper" and vision_width != query_width:
+        raise ValueError(f"merging 'paper' compares patches with the query as they are, but they "
+                         f"are {vision_width} and {query_width} wide; take 'learned'")
+    return MERGINGS[name](vision_width, query_width, width)
+
+
 def _cosine(a, b):
     """Cosine over the last axis in fp32: bf16 scores, divided by 0.01, would be off by half."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1)
@@ -135,26 +159,36 @@ def merge_frames(merge, frames, keyframes, query) -> torch.Tensor:
     return torch.cat([merge(frames[early], None, query), tokens])  # (T - K, D_v)
 
 
-def merge_stream(merge, chunks, keyframes, query):
-    """Streaming: the same tokens from frames that come in chunks; yields (is_keyframe, rows).
+class MergeStream:
+    """Streaming: the same tokens from frames that come in chunks; one keyframe is kept meanwhile.
 
-    chunks: iterable of (B, N, D_v), any B, in order of time; the rest as in `merge_frames`. For a
-    keyframe the rows are its patches (N, D_v), for a run of other frames their tokens (n, D_v).
-    Only one chunk and one keyframe are alive. Raises ValueError as `merge_frames` does; that a
-    keyframe lies beyond the clip is seen at its end. Taught in notebook 06.
+    The arguments are those of `merge_frames`. `feed` chunks in order of time, then `close`.
+    Taught in notebook 06.
     """
-    keyframes = check_keyframes(keyframes, float("inf"))  # how long the clip is shows at its end
-    key, start = None, 0  # the keyframe that precedes, the number of the chunk's first frame
-    for chunk in chunks:
+
+    def __init__(self, merge, keyframes, query):
+        self.merge, self.query = merge, query
+        self.keyframes = check_keyframes(keyframes, float("inf"))  # `close` knows the length
+        self.key, self.start = None, 0  # the keyframe that precedes, the next chunk's first frame
+
+    def feed(self, chunk):
+        """Frames (B, N, D_v), any B -> yields (is_keyframe, rows), in order.
+
+        For a keyframe the rows are its patches (N, D_v), for a run of other frames their tokens
+        (n, D_v). Raises ValueError for shapes that do not fit.
+        """
         check_shape(chunk, (None, None, None), "chunk of frames")
-        stop, begin = start + len(chunk), 0
-        for place in [*(k - start for k in keyframes if start <= k < stop), len(chunk)]:
+        stop, begin = self.start + len(chunk), 0
+        inside = [k - self.start for k in self.keyframes if self.start <= k < stop]
+        for place in [*inside, len(chunk)]:
             if begin < place:
-                yield False, merge(chunk[begin:place], key, query)
+                yield False, self.merge(chunk[begin:place], self.key, self.query)
             if place < len(chunk):
-                key = chunk[place].clone()  # (N, D_v); a view would keep the whole chunk alive
-                yield True, key
+                self.key = chunk[place].clone()  # (N, D_v); a view would keep the chunk alive
+                yield True, self.key
             begin = place + 1
-        start = stop
-        del chunk  # else it would live while the next one is decoded
-    check_keyframes(keyframes, start)
+        self.start = stop
+
+    def close(self):
+        """ValueError if a keyframe lies beyond the clip's end, or there were no frames."""
+        check_keyframes(self.keyframes, self.start)

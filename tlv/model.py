@@ -5,6 +5,8 @@ placeholders in `input_ids`, and the language model does the rest. Source: TinyL
 (arXiv 2501.15513). Taught in notebook 02.
 """
 
+from pathlib import Path
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -26,9 +28,11 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from tlv.chat import get_template, prepare_tokenizer, stop_token_ids, to_jinja, video_token_id
 from tlv.connectors import build_connector
-from tlv.pretrained import ModelFolderError, load_pretrained, read_config
-from tlv.processor import TlvProcessor
+from tlv.pretrained import ModelFolderError, load_part, load_pretrained, read_config
+from tlv.processor import SELECTOR, TlvProcessor
 from tlv.resamplers import LATENTS
+from tlv.selector import load_selector
+from tlv.vilamp import Vilamp
 from tlv.vision import (
     count_patches,
     encode_frames,
@@ -36,7 +40,8 @@ from tlv.vision import (
     load_vision_encoder,
 )
 
-VISUALS = ("pixel_values_videos", "video_features", "video_index")
+CLIPS = ("pixel_values_videos", "video_features", "keyframes", "queries")
+VISUALS = (*CLIPS, "video_index")
 
 
 @strict
@@ -58,6 +63,13 @@ class TlvConfig(PreTrainedConfig):
     resampler_head_dim: int = 64
     connector_width: int = 768  # of the narrow ones, bench_resampler and qformer
     position_dtype: str = "float16"  # rounding of the resampler's positions
+    num_keyframes: int = 32  # of vilamp: K at most
+    keyframe_grid: int = 0  # side of the grid that a keyframe's patches are pooled to; 0: not
+    selection: str = "dks"  # how keyframes are chosen: "dks", "top_k" or "uniform"
+    keyframe_threshold: float = 0.85  # cosine above which two frames are the same to DKS
+    merging: str = "learned"  # how other frames become tokens: or "paper", "mean", "drop"
+    merging_width: int = 256
+    query_width: int = 0  # of the selector's embeddings
     vision_feature_layer: int = -2
     drop_first_patch: bool = False
     video_token_id: int = 0  # may lie outside the vocabulary
@@ -75,6 +87,9 @@ class TlvConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.initializer_range = getattr(self.text_config, "initializer_range", 0.02)
         get_template(self.template)
+        if self.connector_type == "vilamp" and self.sampling != "fps":
+            raise ValueError(f"connector_type 'vilamp' with sampling = {self.sampling!r}: it reads "
+                             "clips of any length; take 'fps', with fps and max_frames (the cap)")
 
 
 class TlvPreTrainedModel(PreTrainedModel):
@@ -128,37 +143,43 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
         return encode_frames(self.vision_encoder, pixels, config.vision_feature_layer,
                              config.drop_first_patch)
 
-    def encode_videos(self, pixel_values_videos=None, video_features=None) -> list[torch.Tensor]:
+    def encode_videos(self, pixel_values_videos=None, video_features=None, keyframes=None,
+                      queries=None) -> list[torch.Tensor]:
         """Clips -> their video tokens, a list of (Q, D); Q may differ where T does.
 
         pixel_values_videos: (B, T, C, H, W) or a list of (T, C, H, W); or video_features, what the
-        encoder made of them before: (B, T, N, D_v) or a list of (T, N, D_v). The encoder and the
-        connector are each called once, so that parallel ranks keep step.
+        encoder made of them before: (B, T, N, D_v) or a list of (T, N, D_v). With the connector
+        vilamp also keyframes, a list of (K,), and queries (B, D_q), from the selector. The encoder
+        and the connector are each called once, so that parallel ranks keep step.
         """
         if video_features is None:
             lengths = [len(clip) for clip in pixel_values_videos]
             frames = torch.cat(list(pixel_values_videos))  # (sum of T, C, H, W)
             video_features = self.vision_features(frames).split(lengths)
         dtype, device = next(self.connector.parameters()).dtype, self.device
-        clips = [clip.to(device, dtype).flatten(0, 1) for clip in video_features]  # (S, D_v)
+        clips = [clip.to(device, dtype) for clip in video_features]  # (T, N, D_v)
+        if isinstance(self.connector, Vilamp):
+            return self.connector(clips, keyframes, queries.to(device))
+        clips = [clip.flatten(0, 1) for clip in clips]  # (S, D_v)
         lengths = [len(clip) for clip in clips]
         tokens = self.connector(pad_sequence(clips, batch_first=True), lengths)  # (B, Q, D)
         counts = [self.connector.num_tokens(length) for length in lengths]
         return [clip[:count] for clip, count in zip(tokens, counts, strict=True)]
 
-    def embed(self, input_ids, pixel_values_videos=None, video_features=None, video_index=None):
+    def embed(self, input_ids, video_index=None, **clips_in):
         """Token ids (B, L) and clips -> embeddings (B, L, D), placeholders replaced.
 
-        The k-th row that holds placeholders shows clip video_index[k] (default: k), so that
-        several questions can share a clip. ValueError if placeholders and video tokens differ.
+        Clips as in `encode_videos`. The k-th row that holds placeholders shows clip video_index[k]
+        (default: k), so that several questions can share a clip. ValueError if placeholders and
+        video tokens differ.
         """
         is_video = input_ids == self.config.video_token_id  # (B, L)
         # The placeholder's own id is never looked up: it may not be in the vocabulary.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_video, 0))
         counts = [count for count in is_video.sum(1).tolist() if count]
         clips = []
-        if pixel_values_videos is not None or video_features is not None:
-            clips = self.encode_videos(pixel_values_videos, video_features)
+        if {"pixel_values_videos", "video_features"} & clips_in.keys():
+            clips = self.encode_videos(**clips_in)
         index = range(len(clips)) if video_index is None else video_index.tolist()
         if len(index) != len(counts):
             raise ValueError(f"{len(counts)} rows hold placeholders, but {len(index)} clips are "
@@ -181,21 +202,25 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
         """
         unused = [clip for k, clip in enumerate(clips) if k not in index]
         if not clips:
-            unused = self.encode_videos(video_features=[torch.zeros(1, *self.frame_shape)])
+            queries = torch.zeros(1, self.config.query_width)
+            unused = self.encode_videos(video_features=[torch.zeros(1, *self.frame_shape)],
+                                        keyframes=[torch.tensor([0])], queries=queries)
         return sum((0.0 * clip.sum() for clip in unused), start=0.0)
 
     # ---- the language model -----------------------------------------------------------------
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None,
-                pixel_values_videos=None, video_features=None, video_index=None,
-                past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
-                logits_to_keep=0, **kwargs):
+                pixel_values_videos=None, video_features=None, keyframes=None, queries=None,
+                video_index=None, past_key_values=None, inputs_embeds=None, labels=None,
+                use_cache=None, logits_to_keep=0, **kwargs):
         """The language model's own output (loss if labels, logits (B, L, V), cache).
 
         Clips as in `encode_videos`, rows and clips as in `embed`.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values_videos, video_features, video_index)
+            given = (pixel_values_videos, video_features, keyframes, queries)
+            clips = {name: x for name, x in zip(CLIPS, given, strict=True) if x is not None}
+            inputs_embeds = self.embed(input_ids, video_index, **clips)
         return self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, labels=labels, use_cache=use_cache,
@@ -235,6 +260,8 @@ def new_connector(config: TlvConfig) -> nn.Module:
         num_groups=config.num_groups, num_layers=config.num_resampler_layers,
         num_heads=config.resampler_heads, head_dim=config.resampler_head_dim,
         width=config.connector_width, position_dtype=config.position_dtype,
+        num_keyframes=config.num_keyframes, keyframe_grid=config.keyframe_grid,
+        query_width=config.query_width, merging=config.merging, merging_width=config.merging_width,
         patches_per_frame=count_patches(vision, config.drop_first_patch),
         vision_widths=getattr(vision, "widths", ()),
     )  # fmt: skip
@@ -249,12 +276,13 @@ AutoProcessor.register(TlvConfig, TlvProcessor)
 # ---- builders -------------------------------------------------------------------------------
 
 
-def build_model(vision_dir, llm_dir, *, second_vision_dir=None, dtype=torch.float32, seed=0,
-                **fields):
+def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=None,
+                dtype=torch.float32, seed=0, **fields):
     """A model of two pretrained folders and a fresh connector, and its processor.
 
     With `second_vision_dir` the encoder is a mixture of two (CLIP and DINOv2, say), and pixels are
-    the first one's. `fields` are fields of TlvConfig. The same seed gives the same connector.
+    the first one's. `selector_dir` is the image-text pair that the connector vilamp needs. `fields`
+    are fields of TlvConfig. The same seed gives the same connector.
     Raises ModelFolderError for a wrong folder, ValueError for a wrong field.
     """
     unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
@@ -262,9 +290,9 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, dtype=torch.floa
         raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
     read_config(vision_dir, "vision_dir")
     text_config = read_config(llm_dir, "llm_dir")
-    tokenizer = _load_part(AutoTokenizer, llm_dir, "llm_dir")
+    tokenizer = load_part(AutoTokenizer, llm_dir, "llm_dir")
     prepare_tokenizer(tokenizer, fields.get("template", TlvConfig.template), f"llm_dir = {llm_dir}")
-    image_processor = _load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
+    image_processor = load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
     encoder = load_vision_encoder(vision_dir, dtype)
     if second_vision_dir is not None:
         second = load_vision_encoder(second_vision_dir, dtype, "second_vision_dir")
@@ -273,24 +301,42 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, dtype=torch.floa
         part._name_or_path = ""  # else config.json keeps a path of the machine that built it
     config = TlvConfig(vision_config=encoder.config, text_config=text_config,
                        video_token_id=video_token_id(tokenizer), **fields)
+    llm = load_pretrained(AutoModelForCausalLM, llm_dir, "llm_dir", dtype)
+    selector = None if selector_dir is None else load_selector(selector_dir)
+    return _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype, seed)
+
+
+def with_connector(model, processor, *, max_positions=None, selector_dir=None, seed=0, **fields):
+    """A model with another connector, fresh, in place of its own, and its processor.
+
+    Encoder and LLM are those of `model`, which must not be used any more. `fields` are fields of
+    TlvConfig; max_positions tells the LLM's context, where training widens it. Notebook 06.
+    """
+    config = TlvConfig.from_dict({**model.config.to_dict(), **fields})
+    llm = model.language_model
+    if max_positions is not None:
+        for part in (config.text_config, llm.config):
+            part.max_position_embeddings = max_positions
+    selector = None if selector_dir is None else load_selector(selector_dir)
+    return _assemble(config, model.vision_encoder, llm, processor.image_processor,
+                     processor.tokenizer, selector, model.dtype, seed)
+
+
+def _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype, seed):
+    """Parts that are loaded, and a fresh connector -> (model, processor)."""
+    if selector is not None:
+        config.query_width = selector.width
     with torch.device("meta"):
         model = TlvForConditionalGeneration(config)
-    model.vision_encoder = encoder
-    model.language_model = load_pretrained(AutoModelForCausalLM, llm_dir, "llm_dir", dtype)
+    model.vision_encoder, model.language_model = encoder, llm
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.connector = new_connector(config).apply(model._init_weights).to(dtype)
     model.config.dtype = dtype
     model.generation_config = make_generation_config(config, tokenizer)
-    return model.eval(), build_processor(config, model.connector, image_processor, tokenizer)
-
-
-def _load_part(auto_class, path, what, **kwargs):
-    try:
-        return auto_class.from_pretrained(path, local_files_only=True, **kwargs)
-    except Exception as error:
-        raise ModelFolderError(f"{what} = {path}: {auto_class.__name__} finds nothing to load: "
-                               f"{str(error).splitlines()[0][:200]}") from error
+    processor = build_processor(config, model.connector, image_processor, tokenizer)
+    processor.selector = selector
+    return model.eval(), processor
 
 
 def make_generation_config(config, tokenizer) -> GenerationConfig:
@@ -305,13 +351,20 @@ def make_generation_config(config, tokenizer) -> GenerationConfig:
 
 def build_processor(config, connector, image_processor, tokenizer) -> TlvProcessor:
     """The processor that goes with a model: how clips are read, and how many tokens they become."""
-    num_patches = count_patches(config.vision_config, config.drop_first_patch)
-    one, two = connector.num_tokens(num_patches), connector.num_tokens(2 * num_patches)
+    if isinstance(connector, Vilamp):
+        per_clip, per_frame = 0, connector.tokens_per_frame
+        keys = dict(num_keyframes=connector.num_keyframes, selection=config.selection,
+                    keyframe_threshold=config.keyframe_threshold,
+                    tokens_per_keyframe=connector.tokens_per_keyframe)
+    else:
+        num_patches = count_patches(config.vision_config, config.drop_first_patch)
+        one, two = connector.num_tokens(num_patches), connector.num_tokens(2 * num_patches)
+        per_clip, per_frame, keys = 2 * one - two, two - one, {}
     return TlvProcessor(
         image_processor, tokenizer, chat_template=to_jinja(config.template),
         num_frames=config.num_frames, sampling=config.sampling, fps=config.fps,
         max_frames=config.max_frames, image_mode=config.image_mode,
-        tokens_per_clip=2 * one - two, tokens_per_frame=two - one,
+        tokens_per_clip=per_clip, tokens_per_frame=per_frame, **keys,
     )  # fmt: skip
 
 
@@ -322,4 +375,7 @@ def load_model(model_dir, dtype=torch.float32, what: str = "model_dir"):
         raise ModelFolderError(f"{what} = {model_dir}: a {config.model_type!r} model; a 'tlv' one "
                                "is wanted, as notebooks 02 to 04 write it")
     model = load_pretrained(TlvForConditionalGeneration, model_dir, what, dtype)
-    return model.eval(), _load_part(TlvProcessor, model_dir, what)
+    processor = load_part(TlvProcessor, model_dir, what)
+    if processor.num_keyframes:
+        processor.selector = load_selector(Path(model_dir) / SELECTOR, what)
+    return model.eval(), processor

@@ -242,6 +242,13 @@ def drop_banner(notebook) -> None:
     notebook.cells[0].source = text
 
 
+def drop_measured(notebook) -> None:
+    """Take away what cells tagged `measured` show: times and memory differ from run to run."""
+    for cell in notebook.cells:
+        if "measured" in cell.metadata.get("tags", []):
+            cell.outputs = []
+
+
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tlv.notebooks", description=__doc__)
     parser.add_argument("action", choices=["refresh", "lint"])

@@ -27,7 +27,8 @@ def read_config(path, what: str):
         raise ModelFolderError(f"{what} = {path}: no config.json in it; it is no model folder")
     try:
         kind = json.loads((path / "config.json").read_text()).get("model_type")
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # unknown types, wrong fields and broken JSON all mean this
         raise ModelFolderError(f"{what} = {path}: config.json is not readable: "
                                f"{_first_line(error)}") from error
@@ -55,6 +56,15 @@ def load_pretrained(auto_class, path, what: str, dtype=torch.float32, **kwargs):
         raise ModelFolderError(f"{what} = {path}: {len(missing)} weights are missing, such as "
                                f"{missing[0]}; another model's folder, or an unfinished copy")
     return model
+
+
+def load_part(auto_class, path, what, **kwargs):
+    """A tokenizer or a processor of a folder. Raises ModelFolderError."""
+    try:
+        return auto_class.from_pretrained(path, local_files_only=True, **kwargs)
+    except Exception as error:
+        raise ModelFolderError(f"{what} = {path}: {auto_class.__name__} finds nothing to load: "
+                               f"{_first_line(error)}") from error
 
 
 @contextmanager

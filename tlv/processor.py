@@ -14,7 +14,10 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from tlv.chat import VIDEO_TOKEN, video_token_id
-from tlv.video import Clip, sample_frames
+from tlv.keyframes import choose_keyframes
+from tlv.video import Clip, plan_frames, sample_frames
+
+SELECTOR = "selector"  # the folder of the image-text pair, below the model's
 
 
 def _squash(frame: Image.Image, side: int, colour) -> Image.Image:
@@ -42,13 +45,18 @@ IMAGE_MODES = {"square": _squash, "pad": _pad, "crop": _crop}
 class TlvProcessor(ProcessorMixin):
     """An image processor, a tokenizer with `<video>`, and how many frames and tokens a clip has.
 
-    A clip of T frames becomes tokens_per_clip + T * tokens_per_frame video tokens.
+    A clip of T frames becomes tokens_per_clip + T * tokens_per_frame video tokens. With keyframes
+    (connector vilamp) min(T, num_keyframes) of the frames have tokens_per_keyframe each instead;
+    then `selector` says which.
     """
+
+    selector = None
 
     # No argument may be called video_processor: it would be loaded through torchvision.
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=16,
                  sampling="uniform", fps=1.0, max_frames=64, tokens_per_clip=0,
-                 tokens_per_frame=0, image_mode="square"):
+                 tokens_per_frame=0, image_mode="square", num_keyframes=0, tokens_per_keyframe=0,
+                 selection="dks", keyframe_threshold=0.85):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if image_mode not in IMAGE_MODES:
             raise ValueError(f"image_mode {image_mode!r} is unknown; known are "
@@ -57,10 +65,42 @@ class TlvProcessor(ProcessorMixin):
         self.num_frames, self.sampling, self.fps = num_frames, sampling, fps
         self.max_frames = max_frames
         self.tokens_per_clip, self.tokens_per_frame = tokens_per_clip, tokens_per_frame
+        self.num_keyframes, self.tokens_per_keyframe = num_keyframes, tokens_per_keyframe
+        self.selection, self.keyframe_threshold = selection, keyframe_threshold
 
     def num_tokens(self, num_frames: int) -> int:
         """Video tokens of a clip of `num_frames` frames."""
-        return self.tokens_per_clip + num_frames * self.tokens_per_frame
+        num_keys = min(num_frames, self.num_keyframes)
+        others = (num_frames - num_keys) * self.tokens_per_frame
+        return self.tokens_per_clip + num_keys * self.tokens_per_keyframe + others
+
+    def save_pretrained(self, folder, **kwargs):
+        """As every processor, and the selector beside it in `selector/`."""
+        super().save_pretrained(folder, **kwargs)
+        if self.selector is not None:
+            self.selector.save_pretrained(Path(folder) / SELECTOR)
+
+    def plan(self, path):
+        """Numbers (T,) and seconds (T,) of the frames that `sample` reads. Raises VideoError."""
+        return plan_frames(path, self.num_frames, self.sampling, self.fps, self.max_frames)
+
+    def embed(self, path):
+        """What the selector makes of the planned frames, (T, D_q) float16. Raises VideoError."""
+        return self.selector.embed_clip(path, self.plan(path)[0])
+
+    def choose(self, frames, query: str):
+        """Embeddings (T, D_q) and a query -> its keyframes (K,) int64, its own embedding (D_q,).
+
+        Raises QueryError for a query that the selector refuses. Taught in notebook 06.
+        """
+        vector = self.selector.embed_text(query)  # (D_q,)
+        keyframes = choose_keyframes(self.selection, frames, vector, self.num_keyframes,
+                                     self.keyframe_threshold)
+        return keyframes, vector
+
+    def select(self, path, query: str):
+        """Which of the planned frames of a clip are keyframes: `choose` after `embed`."""
+        return self.choose(self.embed(path), query)
 
     def sample(self, path, timeout_s=None) -> Clip:
         """Read the frames of a clip that this model is made for. Raises VideoError."""
@@ -98,6 +138,9 @@ class TlvProcessor(ProcessorMixin):
         most one of these. A picture is a clip of one frame. Rows that name the same clip share it.
         """
         others = {key: value for key, value in others.items() if value is not None}
+        if self.num_keyframes:
+            raise TypeError("this model chooses frames by the question; ask it with tlv.ask or "
+                            "tlv.long_video.generate")
         if others or return_tensors not in ("pt", None):
             raise TypeError(f"the processor gives torch tensors and takes no {sorted(others)}; how "
                             "frames are sampled is its own num_frames, sampling, fps, max_frames")

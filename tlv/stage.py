@@ -65,6 +65,7 @@ def run(name: str, preset: str) -> None:
         if target.exists():
             executed = notebooks.canonicalise(notebooks.read(target), name[:2])
             notebooks.drop_banner(executed)
+            notebooks.drop_measured(executed)
             notebooks.write(target, executed)
     seconds = time.monotonic() - start
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process

@@ -64,6 +64,8 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
         checkpoint.remove_others(root, mark)
 
     model, processor = load_model(resolve(config.model_dir))  # float32: DeepSpeed casts, moves
+    if processor.selector is not None:
+        processor.selector.model.to(ranks.device)
     if config.gradient_checkpointing:
         model.language_model.activation_checkpointing_enable()
     samples = load_samples(resolve(config.data))
@@ -173,8 +175,10 @@ def answer_nll(engine, batch: dict, device) -> torch.Tensor:
     keep = (targets != -100).any(dim=0).nonzero().flatten()  # (K,)
     keep = keep if len(keep) else torch.zeros(1, dtype=torch.long, device=device)
     rows = {name: batch[name].to(device)
-            for name in ("input_ids", "attention_mask", "position_ids", "video_index")
+            for name in ("input_ids", "attention_mask", "position_ids", "video_index", "queries")
             if name in batch}
+    if "keyframes" in batch:
+        rows["keyframes"] = batch["keyframes"]
     output = engine(**rows, use_cache=False, logits_to_keep=keep, **{key: moved})
     return torch.nn.functional.cross_entropy(
         output.logits.float().flatten(0, 1), targets[:, keep].flatten(), reduction="sum",
@@ -262,7 +266,8 @@ def make_dataset(config, samples, model, processor, cache, batches, ranks) -> Vi
     """The dataset of one split; with cache_features its clips are encoded here, each once."""
     data = VideoTextDataset(samples, resolve(config.videos_dir), model, processor,
                             template=config.template, turns=config.turns,
-                            timeout_s=config.decode_timeout_s)
+                            timeout_s=config.decode_timeout_s,
+                            gap_seed=config.seed if config.spread_positions else None)
     if config.cache_features:
         cache.fill(data, [i for batch in batches for i in batch],
                    lambda items: bar(ranks.is_first, iterable=items, desc="encoding clips"))

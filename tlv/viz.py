@@ -23,7 +23,8 @@ PALETTE = {
 }
 INK, MUTED, FAINT, GOOD, BAD = "#222222", "#8A8A8A", "#E6E6E6", "#009E73", "#C0392B"
 SEQUENTIAL = "cividis"  # the one map for amounts
-STEPS = ["world", "filtering", "architecture", "pretraining", "SFT", "evaluation"]
+STEPS = ["world", "filtering", "architecture", "pretraining", "SFT", "evaluation",
+         "long video"]
 
 STYLE = {
     "figure.dpi": 80,
@@ -77,7 +78,7 @@ def _title(ax, title: str) -> None:
 
 
 def pipeline_strip(current: str) -> Figure:
-    """The six steps in a row, the present one lit. `current` is a step or a number like "02"."""
+    """The steps in a row, the present one lit. `current` is a step or a number like "02"."""
     number = int(current) if current.isdigit() else STEPS.index(current)
     fig, ax = _figure(9, 0.75)
     for i, name in enumerate(STEPS):
@@ -98,8 +99,11 @@ def pipeline_strip(current: str) -> Figure:
 # ---- clips ----------------------------------------------------------------------------------
 
 
-def frame_strip(frames, timestamps, title="", columns=8, marked=()) -> Figure:
-    """Frames (T, H, W, 3) uint8 side by side, each with its time in s; `marked` ones are framed."""
+def frame_strip(frames, timestamps, title="", columns=8, marked=(), maps=None) -> Figure:
+    """Frames (T, H, W, 3) uint8 side by side, each with its time in s; `marked` ones are framed.
+
+    `maps` (T, h, w), where given, are amounts in 0..1 for each place: the brighter, the more.
+    """
     columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)
     height, width = frames[0].shape[:2]
@@ -109,6 +113,9 @@ def frame_strip(frames, timestamps, title="", columns=8, marked=()) -> Figure:
     for i, (frame, seconds) in enumerate(zip(frames, timestamps, strict=True)):
         ax = np.atleast_1d(axes).flat[i]
         ax.imshow(frame)
+        if maps is not None:
+            extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+            ax.imshow(maps[i], cmap=SEQUENTIAL, alpha=0.6, vmin=0, extent=extent)
         ax.set_title(f"{seconds:.2f} s", fontsize=8, loc="center", color=INK, pad=2)
         if i in marked:
             edge = dict(fill=False, ec=PALETTE["connector"], lw=4, transform=ax.transAxes)
@@ -312,13 +319,20 @@ def reliability(confidence, correct, title="", bins=10) -> Figure:
     return fig
 
 
-def heatmap(values, title="", xlabel="", ylabel="", label="", xticks=None, yticks=None) -> Figure:
-    """A matrix (rows, columns) of amounts, such as attention weights, in the one sequential map."""
+def heatmap(values, title="", xlabel="", ylabel="", label="", xticks=None, yticks=None,
+            texts=None, limits=(None, None)) -> Figure:
+    """A matrix (rows, columns) of amounts, such as attention weights, in the one sequential map.
+
+    `texts`, where given, is what stands in each cell; `limits` are the ends of the map.
+    """
     values = np.asarray(values, dtype=float)
     rows, columns = values.shape
     width = float(np.clip(0.3 * columns, 3.5, 8))
     fig, ax = _figure(width + 1.4, float(np.clip(width * rows / columns, 1.6, 6)) + 0.9)
-    image = ax.imshow(values, cmap=SEQUENTIAL, aspect="auto")
+    image = ax.imshow(values, cmap=SEQUENTIAL, aspect="auto", vmin=limits[0], vmax=limits[1])
+    for row, column in np.ndindex(values.shape if texts is not None else (0, 0)):
+        ink = "white" if image.norm(values[row, column]) < 0.5 else INK
+        ax.text(column, row, texts[row][column], ha="center", va="center", color=ink, fontsize=8)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(False)
     if xticks is not None:

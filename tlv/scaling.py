@@ -1,0 +1,118 @@
+"""What a long clip costs, part by part: seconds and memory against the number of frames.
+
+Memory is what a process of its own needs beyond imports and the model, at its peak, less the video
+tokens and the LLM's cache: these grow with the clip whatever the code does, all else should not.
+Linux alone can tell (/proc). Taught in notebook 06.
+"""
+
+import ctypes
+import gc
+import time
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from tlv.background import Background
+from tlv.keyframes import choose_keyframes
+from tlv.long_video import encode_clip, prefill
+from tlv.model import load_model
+from tlv.selector import CHUNK
+from tlv.video import read_chunks
+
+LIBC = ctypes.CDLL(None)
+PARTS = ("decode", "embed", "select", "encode", "merge", "prefill")
+
+
+def measure_clips(model_dir, paths, query: str, device: str = "cpu", num_threads: int = 1):
+    """`measure_clip` of each path, one after the other, each in a new process."""
+    fixed = dict(model_dir=model_dir, query=query, device=device)
+    jobs = ({"clip": (measure_clip, dict(path=path, **fixed))} for path in paths)
+    return [Background(job, num_threads).wait()["clip"] for job in jobs]
+
+
+@torch.inference_mode()
+def measure_clip(model_dir, path, query: str, device: str = "cpu") -> dict[str, float]:
+    """Seconds of each of PARTS, `num_frames`, and MiB: `peak_mib`, `tokens_mib`, `cache_mib`.
+
+    Every frame of the clip is read. A first, short run warms up what is made once. On a GPU the
+    peak is that of its memory beyond the model.
+    """
+    # Large blocks go back to the system when they are freed (M_MMAP_THRESHOLD of glibc): what is
+    # measured is what is needed, not the holes that a growing heap happens to keep.
+    LIBC.mallopt(-3, 2**18)
+    model, processor = load_model(model_dir)
+    model.to(device)
+    processor.selector.model.to(device)
+    processor.selector.cache_dir = None  # the first pass is measured, not read back
+    processor.fps, processor.max_frames = 1e6, CHUNK
+    _run(model, processor, path, query)
+    processor.max_frames = 10**6
+    return _run(model, processor, path, query)
+
+
+def _run(model, processor, path, query) -> dict[str, float]:
+    numbers, _ = processor.plan(path)
+    seconds, start = dict.fromkeys(PARTS, 0.0), _settle(model.device)
+    peak = 0.0
+
+    def timed(part, function):
+        def call(*args):
+            begin = time.perf_counter()
+            result = function(*args)
+            seconds[part] += time.perf_counter() - begin
+            return result
+
+        return call
+
+    def note(held_mib=0.0):
+        """Of the part that ends here: its peak, less what the clip's tokens and cache hold."""
+        nonlocal peak
+        peak = max(peak, _peak_mib(model.device) - start - held_mib)
+        _settle(model.device)
+
+    def decode_all():
+        for _ in read_chunks(path, numbers, CHUNK):
+            pass
+
+    timed("decode", decode_all)()
+    frames = timed("embed", processor.selector.embed_clip)(path, numbers)  # (T, D_q)
+    note()
+    vector = processor.selector.embed_text(query)
+    keyframes = timed("select", choose_keyframes)(
+        processor.selection, frames, vector, processor.num_keyframes, processor.keyframe_threshold
+    )
+    note()
+    plain = model.vision_features
+    model.vision_features = timed("encode", plain)
+    look = [(keyframes, vector)]
+    (tokens,) = timed("merge", encode_clip)(model, processor, path, look)  # (S, D)
+    model.vision_features = plain
+    tokens_mib = tokens.nbytes / 2**20
+    note(tokens_mib)
+    cache = DynamicCache(config=model.language_model.config)
+    timed("prefill", prefill)(model, tokens[None], cache)
+    kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    cache_mib = sum(t.nbytes for t in kept) / 2**20
+    note(tokens_mib + cache_mib)
+    seconds["embed"] -= seconds["decode"]  # both passes decode as well
+    seconds["merge"] -= seconds["decode"] + seconds["encode"]
+    sizes = {"tokens_mib": tokens_mib, "cache_mib": cache_mib, "peak_mib": peak}
+    return {"num_frames": len(numbers), **seconds, **sizes}
+
+
+def _settle(device) -> float:
+    """Give freed memory back and forget the peak -> MiB in use."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        LIBC.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is in use now
+    return _peak_mib(device)
+
+
+def _peak_mib(device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
