@@ -201,3 +201,27 @@ def test_the_list_of_bad_samples_survives_a_restart():
     stored = json.loads(json.dumps(bad.as_list()))
     assert BadSamples(1.0, stored).as_list() == bad.as_list() == [
         {"split": "train", "id": "a", "reason": "y"}, {"split": "train", "id": "b", "reason": "x"}]
+
+
+# ---- several files in a row -----------------------------------------------------------------
+
+
+def test_a_list_of_files_is_shown_one_after_another(make, world, tiny):
+    samples = load_samples(world / "data.json")
+    one, two = samples[0], samples[1]
+    both = {**one, "video": [one["video"], two["video"]]}
+    rows = [make([sample])[0] for sample in (one, {**two, "conversations": one["conversations"]})]
+    joined = make([both])[0]
+    assert torch.equal(joined["clip"], torch.cat([row["clip"] for row in rows]))
+    cache = FeatureCache(tiny[0], torch.device("cpu"), torch.float32)
+    dataset = make([both, one])
+    cache.fill(dataset, [0, 1])
+    dataset.cache = cache
+    assert len(cache) == 2  # each file once
+    assert torch.equal(dataset[0]["clip"][: len(dataset[1]["clip"])], dataset[1]["clip"])
+
+
+def test_a_list_with_something_else_in_it_is_a_bad_sample(make, world):
+    sample = load_samples(world / "data.json")[0]
+    bad = make([{**sample, "video": [sample["video"], 3]}])[0]
+    assert isinstance(bad, BadSample) and "must be a file name" in bad.reason

@@ -23,8 +23,16 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(metrics))
+    keys = [f"hit_rate/{way}" for way in ("dks", "top_k", "uniform")]
+    keys += ["accuracy/dks_dfm", "accuracy/uniform"]
+    long = {f"{key}{end}": value for key in keys
+            for end, value in (("", 0.5), ("/low", 0.4), ("/high", 0.6))}
+    long |= {"accuracy/chance": 0.25, "num_trials": 80, "num_questions": 120}
+    (tmp_path / "outputs/tiny/06_long_video").mkdir()
+    (tmp_path / "outputs/tiny/06_long_video/metrics.json").write_text(json.dumps(long))
     (tmp_path / "README.md").write_text(
         "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- costs -->\n<!-- /costs -->\n"
+        "<!-- long -->\n<!-- /long -->\n"
     )
     assert report.main(["readme"]) == 0
     text = (tmp_path / "README.md").read_text()
@@ -34,12 +42,14 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     assert "| 03_pretraining | 2.0 min | 2.0 GiB |" in text
     assert "| **the video model** | **2.5 min** | **2.0 GiB** |" in text and "old" not in text
     assert "| image_04_sft | 45 s | 1.0 GiB |" in text
+    assert "| DKS | 50.0% | 40.0% to 60.0% | 50.0% | 40.0% to 60.0% |" in text
+    assert "| top-K | 50.0% | 40.0% to 60.0% |  |  |" in text and "| chance | | | 25.0% | |" in text
     assert text.startswith("a\n") and "\nb\n" in text
 
 
 def test_the_readme_has_the_marks_and_the_two_commands():
     text = (ROOT / "README.md").read_text()
-    for name in ("results", "costs"):
+    for name in ("results", "costs", "long"):
         report.fill(text, name, "x")
     assert "\nmake repro " in text and "\nmake test " in text
     with pytest.raises(ValueError, match="<!-- other -->"):

@@ -23,12 +23,15 @@ PARTS = (
 
 def cost_table(preset: str) -> str:
     """One row per stage: wall time, memory of the largest process, machine, date; then the sums."""
-    video = read_costs(preset)
+    every = read_costs(preset)
+    video = {name: cost for name, cost in every.items() if name < "06"}
+    long = {name: cost for name, cost in every.items() if name >= "06"}
     image = {f"image_{name}": cost for name, cost in read_costs(f"{preset}/image").items()}
     if not video:
         return f"No recorded run of the preset `{preset}` yet."
     rows = ["| stage | wall time | peak memory | machine | date |", "|---|---|---|---|---|"]
-    for costs, title in ((video, "the video model"), (image, "the image model")):
+    groups = (video, "the video model"), (image, "the image model"), (long, "long video")
+    for costs, title in groups:
         for name, c in costs.items():
             cells = [name, duration(c["wall_s"]), f"{c['peak_mib'] / 1024:.1f} GiB"]
             rows.append(f"| {' | '.join([*cells, c['machine'], c['date']])} |")
@@ -59,8 +62,25 @@ def result_table(preset: str) -> str:
     return "\n".join(rows)
 
 
-def _metrics(folder: str) -> dict | None:
-    path = ROOT / "outputs" / folder / "05_evaluation" / "metrics.json"
+def long_table(preset: str) -> str:
+    """Needles hit and questions answered on long clips, from 06's metrics.json, by selection."""
+    metrics = _metrics(preset, "06_long_video")
+    if not metrics:
+        return f"No run of notebook 06 with the preset `{preset}` yet."
+    rows = ["| keyframes | needles hit beside a distractor | 95% interval | questions answered | "
+            "95% interval |", "|---|---|---|---|---|"]  # fmt: skip
+    for way, title, key in (("dks", "DKS", "accuracy/dks_dfm"), ("top_k", "top-K", None),
+                            ("uniform", "uniform", "accuracy/uniform")):
+        answered = _with_interval(metrics, key) if key else " | "
+        rows.append(f"| {title} | {_with_interval(metrics, f'hit_rate/{way}')} | {answered} |")
+    rows.append(f"| chance | | | {metrics['accuracy/chance']:.1%} | |")
+    rows.append(f"\n{metrics['num_trials']} haystacks; {metrics['num_questions']} questions, equal "
+                "numbers of keyframes and tokens.")  # fmt: skip
+    return "\n".join(rows)
+
+
+def _metrics(folder: str, name: str = "05_evaluation") -> dict | None:
+    path = ROOT / "outputs" / folder / name / "metrics.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -88,7 +108,8 @@ def main(arguments=None) -> int:
         return 0
     path = ROOT / "README.md"
     text = fill(path.read_text(), "costs", cost_table(options.preset))
-    write_text(path, fill(text, "results", result_table(options.preset)))
+    text = fill(text, "results", result_table(options.preset))
+    write_text(path, fill(text, "long", long_table(options.preset)))
     print("README.md: tables filled")
     return 0
 
