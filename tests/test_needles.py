@@ -122,3 +122,8 @@ def test_training_samples_show_one_needle_and_ask_by_its_query(pieces, tmp_path)
         assert sum(probe(file).num_frames for file in files) <= 150
         for question, answer in parse_conversation(sample):
             assert f" {sample['query']}" in question and sample["query"] not in answer
+
+
+def test_published_data_has_no_scenes_and_the_message_says_what_to_run():
+    with pytest.raises(ValueError, match="names no scenes.*dvc repro 05_evaluation"):
+        needles.load_pieces({"videos_dir": "data/x", "truth": None}, ["a.mp4"])

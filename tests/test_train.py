@@ -329,3 +329,33 @@ def test_tensorboard_is_an_extra(tmp_path):
         log.add({"step": 1, "loss": 2.0})
         log.close()
         assert list((tmp_path / "tensorboard").iterdir())
+
+
+# ---- a connector that chooses frames --------------------------------------------------------
+
+
+@pytest.fixture
+def long_dir(build_tiny, pair_dir, tmp_path):
+    """A model of connector vilamp that looks at every frame."""
+    parts = build_tiny(connector_type="vilamp", selector_dir=pair_dir, sampling="fps", fps=8.0,
+                       max_frames=64, num_keyframes=2, merging_width=8)  # fmt: skip
+    for part in parts:
+        part.save_pretrained(tmp_path / "long")
+    return str(tmp_path / "long")
+
+
+def test_keyframes_and_gaps_train_alike_with_and_without_a_cache(configure, long_dir):
+    long = dict(model_dir=long_dir, spread_positions=True, turns="isolated")
+    plain = run(configure("plain", **long))
+    cached = run(configure("cached", **long, cache_features=True))
+    contiguous = run(configure("contiguous", **{**long, "spread_positions": False}))
+    assert losses(plain) == close(cached, 1e-5)
+    assert losses(plain) != close(contiguous, 1e-3)  # gaps are there
+    start, end = (load_file(Path(folder) / "model.safetensors")
+                  for folder in (long_dir, configure("plain", **long).out_dir + "/checkpoint"))
+    moved = {name for name in start if not start[name].equal(end[name])}
+    assert {name for name in start if name.startswith("connector.")} <= moved
+    assert not [name for name in moved if name.startswith("vision_encoder.")]
+    selector = Path(configure("plain").out_dir) / "checkpoint" / "selector"
+    before = load_file(Path(long_dir) / "selector" / "model.safetensors")
+    assert all(before[k].equal(v) for k, v in load_file(selector / "model.safetensors").items())

@@ -59,7 +59,11 @@ def load_pieces(card: dict, names) -> list[Piece]:
     """The clips `names` of a toy world (`tlv.toy_data.read_card`) with their scenes.
 
     Those encoded otherwise than most (some duplicates are) are left out: they cannot be joined.
+    Raises ValueError for a card of published data, which names no scenes.
     """
+    if not card.get("truth"):
+        raise ValueError(f"{card['videos_dir']}: its data card names no scenes (`truth`), and long "
+                         "clips are made of a toy world's; stop at 05: `dvc repro 05_evaluation`")
     scenes = json.loads(Path(card["truth"]).read_text())["scenes"]
     kinds = {name: _encoding(card["videos_dir"] / name) for name in names}
     usual = Counter(kinds.values()).most_common(1)[0][0]
