@@ -187,6 +187,9 @@ def test_variable_frame_rate_gives_frames_and_times_as_stored(tmp_path):
     np.testing.assert_allclose(clip.timestamps, ticks[clip.indices] / 1000, atol=2e-3)
     for frames in decode_both(path, clip.indices):
         assert numbers(frames) == clip.indices.tolist()
+    assert numbers(np.concatenate(list(video.read_chunks(path, range(50), 8)))) == list(range(50))
+    planned, seconds = video.plan_frames(path, num_frames=9)
+    assert np.array_equal(planned, clip.indices) and np.array_equal(seconds, clip.timestamps)
 
 
 @pytest.mark.parametrize("name", ["mp4", "ts"])

@@ -22,7 +22,6 @@ from tlv.video import VideoError, write_video
 
 NEEDLE_FRAMES = 12  # 1.5 seconds
 DISTRACTOR_FRAMES = 200
-TYPES = ("colour", "shape", "place")  # a single frame tells; size has only two answers
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,8 @@ def join(path, paths) -> None:
 def ask(needle: Piece) -> list[dict]:
     """Questions that the needle answers, with the word of each that says what to look for.
 
-    The thing is named by its colour or by its shape; its name does not give the answer away.
+    The thing is named by its colour or by its shape; its name does not give the answer away. A
+    single frame tells. Size is not asked: it has two answers, so guessing gets half of them.
     """
     thing = needle.scene.things[0]
     found = []
