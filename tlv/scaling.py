@@ -21,6 +21,8 @@ from tlv.selector import CHUNK
 from tlv.video import read_chunks
 
 LIBC = ctypes.CDLL(None)
+# glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX: freed blocks go back to the system.
+GIVE_BACK = ((-3, 2**16), (-1, 2**17), (-8, 1))
 PARTS = ("decode", "embed", "select", "encode", "merge", "prefill")
 
 
@@ -38,9 +40,9 @@ def measure_clip(model_dir, path, query: str, device: str = "cpu") -> dict[str, 
     Every frame of the clip is read. A first, short run warms up what is made once. On a GPU the
     peak is that of its memory beyond the model.
     """
-    # Large blocks go back to the system when they are freed (M_MMAP_THRESHOLD of glibc): what is
-    # measured is what is needed, not the holes that a growing heap happens to keep.
-    LIBC.mallopt(-3, 2**18)
+    # What is measured is what is needed, not the holes that a growing heap happens to keep.
+    for option, value in GIVE_BACK:
+        LIBC.mallopt(option, value)
     model, processor = load_model(model_dir)
     model.to(device)
     processor.selector.model.to(device)
