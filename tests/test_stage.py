@@ -207,3 +207,13 @@ def test_kernel_that_does_not_start_is_tried_once_more(root, monkeypatch, capfd)
     monkeypatch.setattr(papermill, "execute_notebook", flaky)
     stage.run("00_x", "tiny")
     assert len(calls) == 2 and "trying again" in capfd.readouterr().err
+
+
+def test_what_was_measured_is_left_out_of_the_executed_copy():
+    def cell(tags):
+        output = new_output("stream", text="3.1 s")
+        return new_code_cell("x", outputs=[output], metadata={"tags": tags})
+
+    notebook = new_notebook(cells=[cell(["measured"]), cell([])])
+    notebooks.drop_measured(notebook)
+    assert [len(c.outputs) for c in notebook.cells] == [0, 1]
