@@ -74,7 +74,7 @@ def llm_dir(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def build_tiny(vision_dir, llm_dir):
     """build_tiny(**config fields) -> (model, processor) of tiny size."""
-    from tlv.model import build_model
+    from tlv.builders import build_model
 
     def build(**changes):
         fields = dict(num_queries=8, num_groups=4, num_resampler_layers=1, resampler_heads=2,
@@ -96,7 +96,7 @@ def model_dir(build_tiny, tmp_path_factory):
 @pytest.fixture
 def tiny(model_dir):
     """A fresh (model, processor) loaded from `model_dir`."""
-    from tlv.model import load_model
+    from tlv.builders import load_model
 
     return load_model(model_dir)
 

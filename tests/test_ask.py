@@ -10,7 +10,7 @@ from PIL import Image
 
 from tlv.ask import answer, main
 from tlv.chat import render
-from tlv.video import write_video
+from tlv.mp4 import write_video
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from tlv.builders import load_model
 from tlv.chat import render
 from tlv.convert import convert, main, unseen_names
 from tlv.designs import paper_config
-from tlv.model import TlvForConditionalGeneration, load_model
+from tlv.model import TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
 from tlv.published import rename
 

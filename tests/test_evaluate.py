@@ -6,9 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tlv import evaluate
-from tlv.evaluate import Answer, extract_choice
-from tlv.video import write_video
+from tlv import answering, evaluate
+from tlv.answering import Answer
+from tlv.evaluate import extract_choice
+from tlv.mp4 import write_video
 
 OPTIONS = ["red", "blue", "a green circle", "none of these"]
 
@@ -109,12 +110,12 @@ def test_interval_at_the_edges_keeps_a_width_and_stays_inside():
 
 def test_other_clip_is_never_the_own_one_and_each_is_used_once():
     asked = [question(str(i), video=f"{i // 3}.mp4") for i in range(21)]
-    moved = evaluate.with_other_clip(asked, seed=0)
+    moved = answering.with_other_clip(asked, seed=0)
     assert all(a["video"] != b["video"] for a, b in zip(asked, moved, strict=True))
     assert Counter(q["video"] for q in moved) == Counter(q["video"] for q in asked)
-    assert moved == evaluate.with_other_clip(asked, seed=0)
+    assert moved == answering.with_other_clip(asked, seed=0)
     with pytest.raises(ValueError, match="1 clip"):
-        evaluate.with_other_clip(asked[:3], seed=0)
+        answering.with_other_clip(asked[:3], seed=0)
 
 
 def test_majority_reads_letters_as_their_options_and_prefers_what_was_seen_most():
@@ -183,8 +184,8 @@ def test_answers_do_not_depend_on_the_batch_and_keep_the_order(tiny, clips):
     asked = [question(f"{i} {'very ' * (i % 3)}", video=v) for i, v in enumerate(
         ["b.mp4", "a.mp4", None, "bad.mp4", "b.mp4", "a.mp4", None])]  # fmt: skip
     options = dict(max_new_tokens=4)
-    together = evaluate.generate_answers(model, processor, asked, clips, batch_size=7, **options)
-    alone = evaluate.generate_answers(model, processor, asked, clips, batch_size=1, **options)
+    together = answering.generate_answers(model, processor, asked, clips, batch_size=7, **options)
+    alone = answering.generate_answers(model, processor, asked, clips, batch_size=1, **options)
     assert [a.text for a in together] == [a.text for a in alone]
     sure, again = [a.confidence for a in together], [a.confidence for a in alone]
     assert sure == pytest.approx(again, abs=1e-4)
@@ -201,5 +202,5 @@ def test_each_clip_is_decoded_once(tiny, clips, monkeypatch):
         processor, "sample", lambda path, *a: decoded.update([path.name]) or read(path, *a)
     )
     asked = [question(str(i), video=v) for i, v in enumerate(["a.mp4", "b.mp4"] * 3)]
-    evaluate.generate_answers(model, processor, asked, clips, batch_size=2, max_new_tokens=1)
+    answering.generate_answers(model, processor, asked, clips, batch_size=2, max_new_tokens=1)
     assert decoded == {"a.mp4": 1, "b.mp4": 1}

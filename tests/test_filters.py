@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from tlv import defects, filters, funnel, world
 from tlv.filters import ClipFacts
 from tlv.funnel import Funnel
-from tlv.video import write_video
+from tlv.mp4 import write_video
 
 
 def scene(seed=0, **options):

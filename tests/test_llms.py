@@ -5,8 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tlv.builders import build_model, load_model
 from tlv.chat import IGNORE_INDEX, encode, render
-from tlv.model import build_model, load_model
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives",

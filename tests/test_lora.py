@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from toy_manifest import make_world
 
 from tlv import train
+from tlv.builders import load_model
 from tlv.config import ConfigError, TrainConfig
 from tlv.lora import add_adapters, target_names
-from tlv.model import load_model
 from tlv.pretrained import ModelFolderError
 from tlv.runlog import read_log
 

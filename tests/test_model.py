@@ -22,9 +22,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tlv.builders import build_model, load_model
 from tlv.chat import IGNORE_INDEX, encode, render
 from tlv.designs import count_parameters, paper_config
-from tlv.model import TlvConfig, TlvForConditionalGeneration, build_model, load_model
+from tlv.model import TlvConfig, TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
 from tlv.vision import count_unseen, encode_frames, load_vision_encoder
 

@@ -13,9 +13,11 @@ import pytest
 from clone import make_clone
 from nbformat import from_dict
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from papermill import execute_notebook
 from PIL import Image
 
 from tlv import ROOT, notebooks
+from tlv.builders import load_model
 from tlv.notebook_style import lint
 
 NAMES = notebooks.names()
@@ -48,6 +50,20 @@ def test_style(name):
 def test_notebook_runs_and_prints_what_is_committed(name):
     done = nbval(name)
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.slow
+def test_one_connector_goes_through_all_notebooks(tmp_path):
+    """vilamp, which chooses frames by the question, from architecture to evaluation."""
+    chosen = dict(connector_type="vilamp", sampling="fps", fps=2.0, num_keyframes=2)
+    names, given = [n for n in NAMES if n[:2] in ("02", "03", "04", "05")], chosen
+    for name in names:
+        given = {"out_dir": str(tmp_path / name), **given}
+        execute_notebook(notebooks.FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given,
+                         cwd=str(ROOT), progress_bar=False)  # fmt: skip
+        given = {"model_dir": str(tmp_path / name)}
+    assert json.loads((tmp_path / names[-1] / "metrics.json").read_text())["num_questions"] > 0
+    assert load_model(tmp_path / "04_sft" / "checkpoint")[0].config.connector_type == "vilamp"
 
 
 @pytest.mark.slow

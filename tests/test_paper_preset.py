@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from toy_manifest import make_world
 
 from tlv import ROOT, ask, chat, notebooks, recipes
+from tlv.builders import build_model, load_model
 from tlv.config import LaunchConfig, TrainConfig, build, load_json, load_params, resolve
 from tlv.data import VideoTextDataset, load_samples
 from tlv.launch import command, launch
-from tlv.model import build_model, load_model
 from tlv.recipes import count_warmup_steps, learning_rate, set_trainable
 from tlv.runlog import read_log
 from tlv.stage import load_stage_params

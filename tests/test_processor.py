@@ -9,8 +9,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv.chat import render
+from tlv.mp4 import write_video
 from tlv.processor import TlvProcessor
-from tlv.video import write_video
 
 PROMPT = "<video>\nWhat is he doing?"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tlv import scaling
-from tlv.video import write_video
+from tlv.mp4 import write_video
 
 
 def test_every_part_is_measured_and_memory_is_what_it_says(build_tiny, pair_dir, tmp_path,

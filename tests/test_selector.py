@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from tlv.mp4 import write_video
 from tlv.pretrained import ModelFolderError
 from tlv.selector import QueryError, load_selector
-from tlv.video import read_frames, write_video
+from tlv.video import read_frames
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ def test_only_the_trainable_parts_change(configure, model_dir, trainable, prefix
 
 
 def test_the_finished_model_loads_and_answers(configure):
-    from tlv.model import load_model
+    from tlv.builders import load_model
 
     config = configure(num_steps=2)
     run(config)

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tlv import long_video
+from tlv.answering import generate_answers
 from tlv.ask import ask
+from tlv.builders import load_model, with_connector
 from tlv.connectors import build_connector
 from tlv.data import VideoTextDataset, collate
-from tlv.evaluate import generate_answers
 from tlv.long_video import BudgetError, check_budget, encode_clip, generate
 from tlv.merging import MergeStream
-from tlv.model import load_model, with_connector
+from tlv.mp4 import write_video
 from tlv.selector import QueryError
 from tlv.train import answer_nll
-from tlv.video import write_video
 from tlv.vilamp import Vilamp
 
 T, N, WIDTH, LLM, D_Q = 23, 9, 12, 20, 6

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from tlv.video import write_video
+from tlv.mp4 import write_video
 
 WORDS = "a red circle moves to the left and a blue square stays in the middle of it".split()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from tlv import long_video
+from tlv.builders import load_model
 from tlv.chat import render, with_video
-from tlv.model import load_model
 from tlv.pretrained import ModelFolderError
 from tlv.video import Clip, VideoError, is_picture
 

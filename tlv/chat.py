@@ -104,6 +104,21 @@ def parse_conversation(sample: dict) -> list[tuple[str, str]]:
     return [(with_video(q) if PLACEHOLDER.search(q) else q, a) for q, a in turns]
 
 
+def query_of(sample: dict, turns) -> str:
+    """What a sample's frames are compared with: its own `query`, or the first question's first
+    line. Taught in notebook 06."""
+    return sample.get("query") or PLACEHOLDER.sub("", turns[0][0]).strip().split("\n")[0]
+
+
+def write_conversation(turns, visual: str = "video") -> list[dict]:
+    """Turns in the LLaVA form, a placeholder in front: what `parse_conversation` reads."""
+    said = []
+    for index, (question, answer) in enumerate(turns):
+        value = question if index else f"<{visual}>\n{question}"
+        said += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return said
+
+
 def _read_turn(name, index, turn) -> str:
     role = turn.get("from") if isinstance(turn, dict) else None
     text = turn.get("value") if isinstance(turn, dict) else None
@@ -221,7 +236,7 @@ def video_token_id(tokenizer) -> int:
     index = tokenizer.get_added_vocab().get(VIDEO_TOKEN)
     if index is None:
         raise ValueError(f"the tokenizer has no special token {VIDEO_TOKEN}; "
-                         "tlv.model.build_model adds it")
+                         "tlv.builders.build_model adds it")
     return index
 
 

@@ -19,16 +19,12 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from tlv.builders import build_processor, make_generation_config
 from tlv.chat import TEMPLATES, prepare_tokenizer, video_token_id
 from tlv.checkpoint import publish
 from tlv.config import ConfigError, load_json
 from tlv.designs import ENCODERS
-from tlv.model import (
-    TlvConfig,
-    TlvForConditionalGeneration,
-    build_processor,
-    make_generation_config,
-)
+from tlv.model import TlvConfig, TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError, quiet, read_config
 from tlv.published import LEGACY_LLMS, collect, find_layout, rename
 from tlv.vision import vision_part

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from tlv.chat import (
     IGNORE_INDEX,
-    PLACEHOLDER,
     VIDEO_TOKEN,
     ConversationError,
     check_stop,
     encode,
     parse_conversation,
+    query_of,
     video_token_id,
     visual_of,
     with_video,
@@ -152,10 +152,9 @@ class VideoTextDataset(Dataset):
         """Keyframes and the query's embedding, where the model wants them."""
         if self.processor.selector is None:
             return {}
-        query = sample.get("query") or PLACEHOLDER.sub("", turns[0][0])
         embed = self.processor.embed if self.cache is None else self.cache.embeddings.get
         frames = torch.cat([embed(path) for path in self.paths(sample)])  # (T, D_q)
-        keyframes, vector = self.processor.choose(frames, query)
+        keyframes, vector = self.processor.choose(frames, query_of(sample, turns))
         return {"keyframes": keyframes, "query": vector}
 
     def blank(self) -> dict:

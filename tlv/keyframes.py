@@ -147,6 +147,16 @@ SELECTIONS = {
 }
 
 
+def count_tokens(num_frames, num_keyframes, per_keyframe, per_frame=1) -> int:
+    """Tokens of a clip, S = K P + (T - K): of its keyframes, and of all other frames.
+
+    A clip shorter than `num_keyframes` is all keyframes. Source: ViLAMP section 4.3. Taught in
+    notebook 06.
+    """
+    num_keys = min(num_frames, num_keyframes)
+    return num_keys * per_keyframe + (num_frames - num_keys) * per_frame
+
+
 def frame_relevance(frames, query) -> torch.Tensor:
     """Cosine of every frame with the question: frames (T, D), query (D,) -> (T,) float32.
 

@@ -10,9 +10,9 @@ code holds all frames at once. Taught in notebook 06.
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from tlv.chat import encode, stop_token_ids, with_video
+from tlv.kv_cache import make_cache
 from tlv.merging import MergeStream
 from tlv.selector import CHUNK
 from tlv.video import read_chunks
@@ -43,12 +43,13 @@ def generate(model, processor, path, asked, max_new_tokens: int = 32) -> list[Sa
     numbers, _ = processor.plan(path)
     prompts = [_prompt(model, processor, question) for question, _ in asked]
     longest = max(len(ids) for ids in prompts) - 1  # the placeholder is counted with the clip
+    room = processor.num_tokens(len(numbers)) + longest + max_new_tokens
     check_budget(model, processor, len(numbers), longest + max_new_tokens)
     queries = list(dict.fromkeys(query for _, query in asked))
     looks = [processor.select(path, query) for query in queries]
     said = {}
     for query, tokens in zip(queries, encode_clip(model, processor, path, looks), strict=True):
-        cache, shared = DynamicCache(config=model.language_model.config), None
+        cache, shared = make_cache(model.language_model.config, room), None
         for index, ((_, its), ids) in enumerate(zip(asked, prompts, strict=True)):
             if its != query:
                 continue

@@ -5,40 +5,28 @@ placeholders in `input_ids`, and the language model does the rest. Source: TinyL
 (arXiv 2501.15513). Taught in notebook 02.
 """
 
-from pathlib import Path
-
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from tlv.chat import get_template, prepare_tokenizer, stop_token_ids, to_jinja, video_token_id
+from tlv.chat import get_template
 from tlv.connectors import build_connector
-from tlv.pretrained import ModelFolderError, load_part, load_pretrained, read_config
-from tlv.processor import SELECTOR, TlvProcessor
+from tlv.processor import TlvProcessor
 from tlv.resamplers import LATENTS
-from tlv.selector import load_selector
 from tlv.vilamp import Vilamp
-from tlv.vision import (
-    count_patches,
-    encode_frames,
-    load_mixture,
-    load_vision_encoder,
-)
+from tlv.vision import count_patches, encode_frames
 
 CLIPS = ("pixel_values_videos", "video_features", "keyframes", "queries")
 VISUALS = (*CLIPS, "video_index")
@@ -271,111 +259,3 @@ AutoConfig.register("tlv", TlvConfig)
 AutoModel.register(TlvConfig, TlvForConditionalGeneration)
 AutoModelForImageTextToText.register(TlvConfig, TlvForConditionalGeneration)
 AutoProcessor.register(TlvConfig, TlvProcessor)
-
-
-# ---- builders -------------------------------------------------------------------------------
-
-
-def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=None,
-                dtype=torch.float32, seed=0, **fields):
-    """A model of two pretrained folders and a fresh connector, and its processor.
-
-    With `second_vision_dir` the encoder is a mixture of two (CLIP and DINOv2, say), and pixels are
-    the first one's. `selector_dir` is the image-text pair that the connector vilamp needs. `fields`
-    are fields of TlvConfig. The same seed gives the same connector.
-    Raises ModelFolderError for a wrong folder, ValueError for a wrong field.
-    """
-    unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
-    read_config(vision_dir, "vision_dir")
-    text_config = read_config(llm_dir, "llm_dir")
-    tokenizer = load_part(AutoTokenizer, llm_dir, "llm_dir")
-    prepare_tokenizer(tokenizer, fields.get("template", TlvConfig.template), f"llm_dir = {llm_dir}")
-    image_processor = load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
-    encoder = load_vision_encoder(vision_dir, dtype)
-    if second_vision_dir is not None:
-        second = load_vision_encoder(second_vision_dir, dtype, "second_vision_dir")
-        encoder = load_mixture(encoder, second)
-    for part in (encoder.config, *getattr(encoder.config, "parts", ()), text_config):
-        part._name_or_path = ""  # else config.json keeps a path of the machine that built it
-    config = TlvConfig(vision_config=encoder.config, text_config=text_config,
-                       video_token_id=video_token_id(tokenizer), **fields)
-    llm = load_pretrained(AutoModelForCausalLM, llm_dir, "llm_dir", dtype)
-    selector = None if selector_dir is None else load_selector(selector_dir)
-    return _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype, seed)
-
-
-def with_connector(model, processor, *, max_positions=None, selector_dir=None, seed=0, **fields):
-    """A model with another connector, fresh, in place of its own, and its processor.
-
-    Encoder and LLM are those of `model`, which must not be used any more. `fields` are fields of
-    TlvConfig; max_positions tells the LLM's context, where training widens it. Notebook 06.
-    """
-    config = TlvConfig.from_dict({**model.config.to_dict(), **fields})
-    llm = model.language_model
-    if max_positions is not None:
-        for part in (config.text_config, llm.config):
-            part.max_position_embeddings = max_positions
-    selector = None if selector_dir is None else load_selector(selector_dir)
-    return _assemble(config, model.vision_encoder, llm, processor.image_processor,
-                     processor.tokenizer, selector, model.dtype, seed)
-
-
-def _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype, seed):
-    """Parts that are loaded, and a fresh connector -> (model, processor)."""
-    if selector is not None:
-        config.query_width = selector.width
-    with torch.device("meta"):
-        model = TlvForConditionalGeneration(config)
-    model.vision_encoder, model.language_model = encoder, llm
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.connector = new_connector(config).apply(model._init_weights).to(dtype)
-    model.config.dtype = dtype
-    model.generation_config = make_generation_config(config, tokenizer)
-    processor = build_processor(config, model.connector, image_processor, tokenizer)
-    processor.selector = selector
-    return model.eval(), processor
-
-
-def make_generation_config(config, tokenizer) -> GenerationConfig:
-    """Greedy, until the template's stop; a placeholder is never answered."""
-    in_vocabulary = config.video_token_id < config.text_config.vocab_size
-    return GenerationConfig(
-        eos_token_id=stop_token_ids(config.template, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[config.video_token_id] if in_vocabulary else None,
-    )  # fmt: skip
-
-
-def build_processor(config, connector, image_processor, tokenizer) -> TlvProcessor:
-    """The processor that goes with a model: how clips are read, and how many tokens they become."""
-    if isinstance(connector, Vilamp):
-        per_clip, per_frame = 0, connector.tokens_per_frame
-        keys = dict(num_keyframes=connector.num_keyframes, selection=config.selection,
-                    keyframe_threshold=config.keyframe_threshold,
-                    tokens_per_keyframe=connector.tokens_per_keyframe)
-    else:
-        num_patches = count_patches(config.vision_config, config.drop_first_patch)
-        one, two = connector.num_tokens(num_patches), connector.num_tokens(2 * num_patches)
-        per_clip, per_frame, keys = 2 * one - two, two - one, {}
-    return TlvProcessor(
-        image_processor, tokenizer, chat_template=to_jinja(config.template),
-        num_frames=config.num_frames, sampling=config.sampling, fps=config.fps,
-        max_frames=config.max_frames, image_mode=config.image_mode,
-        tokens_per_clip=per_clip, tokens_per_frame=per_frame, **keys,
-    )  # fmt: skip
-
-
-def load_model(model_dir, dtype=torch.float32, what: str = "model_dir"):
-    """(model, processor) of a folder that `save_pretrained` wrote. Raises ModelFolderError."""
-    config = read_config(model_dir, what)
-    if not isinstance(config, TlvConfig):
-        raise ModelFolderError(f"{what} = {model_dir}: a {config.model_type!r} model; a 'tlv' one "
-                               "is wanted, as notebooks 02 to 04 write it")
-    model = load_pretrained(TlvForConditionalGeneration, model_dir, what, dtype)
-    processor = load_part(TlvProcessor, model_dir, what)
-    if processor.num_keyframes:
-        processor.selector = load_selector(Path(model_dir) / SELECTOR, what)
-    return model.eval(), processor

@@ -13,12 +13,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
 from tlv import world
+from tlv.chat import write_conversation
 from tlv.files import write_json
-from tlv.video import VideoError, write_video
+from tlv.mp4 import encoding_of, join, write_video
 
 NEEDLE_FRAMES = 12  # 1.5 seconds
 DISTRACTOR_FRAMES = 200
@@ -64,19 +64,10 @@ def load_pieces(card: dict, names) -> list[Piece]:
         raise ValueError(f"{card['videos_dir']}: its data card names no scenes (`truth`), and long "
                          "clips are made of a toy world's; stop at 05: `dvc repro 05_evaluation`")
     scenes = json.loads(Path(card["truth"]).read_text())["scenes"]
-    kinds = {name: _encoding(card["videos_dir"] / name) for name in names}
+    kinds = {name: encoding_of(card["videos_dir"] / name) for name in names}
     usual = Counter(kinds.values()).most_common(1)[0][0]
     return [Piece(card["videos_dir"] / name, _read_scene(scenes[name]))
             for name in names if kinds[name] == usual]
-
-
-def _encoding(path):
-    """What must be equal in clips that follow each other in a file."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        return (context.name, context.width, context.height, context.extradata,
-                stream.average_rate, stream.time_base)
 
 
 def _read_scene(values: dict) -> world.Scene:
@@ -157,33 +148,6 @@ def hide(pieces, needle: Piece, num_frames: int, depth: float, rng, others=()) -
     return LongClip((*chosen[:at], needle, *chosen[at:]), needle, int(ends[at]))
 
 
-def join(path, paths) -> None:
-    """Write clips one after the other as one H.264 MP4, packet by packet.
-
-    They must be of one size, rate and encoder setting, as those of a toy world are. Raises
-    VideoError for a clip that is not like the first.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft, start, first, target = path.with_suffix(".tmp"), 0, None, None
-    with av.open(str(draft), "w", format="mp4", options={"movflags": "faststart"}) as out:
-        for piece in paths:
-            if _encoding(piece) != (first := first or _encoding(piece)):
-                raise VideoError(piece, f"cannot follow {paths[0]}: it was encoded otherwise")
-            with av.open(str(piece)) as container:
-                stream = container.streams.video[0]
-                if target is None:
-                    target = out.add_stream_from_template(stream)
-                    target.time_base = stream.time_base
-                for packet in container.demux(stream):
-                    if packet.size:
-                        packet.pts, packet.dts = packet.pts + start, packet.dts + start
-                        packet.stream = target
-                        out.mux(packet)
-                start += round(stream.frames / stream.average_rate / stream.time_base)
-    draft.replace(path)
-
-
 def ask(needle: Piece) -> list[dict]:
     """Questions that the needle answers, with the word of each that says what to look for.
 
@@ -221,23 +185,15 @@ def write_training(out_dir, pieces, *, seed: int, num_samples: int, num_needles:
         files = [os.path.relpath(piece.path, out_dir) for piece in clip.pieces]
         found, query = ask(needle), str(rng.choice(needle.scene.things[0].pair))
         turns = [(q["question"], q["answer"]) for q in found if q["query"] == query]
-        samples.append(_sample(rng, files, query, turns))
+        samples.append({"id": rng.bytes(6).hex(), "video": files, "query": query,
+                        "conversations": write_conversation(turns)})
     write_json(out_dir / "train.json", samples)
     return out_dir / "train.json"
 
 
-def _sample(rng, files, query, turns) -> dict:
-    conversations = []
-    for index, (question, answer) in enumerate(turns):
-        value = question if index else f"<video>\n{question}"
-        conversations += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
-    name = rng.bytes(6).hex()
-    return {"id": name, "video": files, "query": query, "conversations": conversations}
-
-
 def write_test(out_dir, pieces, *, seed: int, lengths, num_depths: int, num_each: int) -> Path:
     """Write `num_each` clips for each length and depth bin, and their questions: a list in the form
-    of `tlv.evaluate`, and beside it `query`, `depth`, `num_frames` and `needle`, its frames."""
+    of `tlv.answering`, and beside it `query`, `depth`, `num_frames` and `needle`, its frames."""
     out_dir, rng, found = Path(out_dir), np.random.default_rng([seed, 8]), []
     for length in lengths:
         for depth_bin in np.repeat(np.arange(num_depths), num_each):

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from tlv.chat import VIDEO_TOKEN, video_token_id
-from tlv.keyframes import choose_keyframes
+from tlv.keyframes import choose_keyframes, count_tokens
 from tlv.video import Clip, plan_frames, sample_frames
 
 SELECTOR = "selector"  # the folder of the image-text pair, below the model's
@@ -70,9 +70,9 @@ class TlvProcessor(ProcessorMixin):
 
     def num_tokens(self, num_frames: int) -> int:
         """Video tokens of a clip of `num_frames` frames."""
-        num_keys = min(num_frames, self.num_keyframes)
-        others = (num_frames - num_keys) * self.tokens_per_frame
-        return self.tokens_per_clip + num_keys * self.tokens_per_keyframe + others
+        return self.tokens_per_clip + count_tokens(
+            num_frames, self.num_keyframes, self.tokens_per_keyframe, self.tokens_per_frame
+        )
 
     def save_pretrained(self, folder, **kwargs):
         """As every processor, and the selector beside it in `selector/`."""
@@ -101,6 +101,16 @@ class TlvProcessor(ProcessorMixin):
     def select(self, path, query: str):
         """Which of the planned frames of a clip are keyframes: `choose` after `embed`."""
         return self.choose(self.embed(path), query)
+
+    def look(self, path, query: str) -> dict:
+        """What the model's forward wants to know of a clip beside its pixels.
+
+        Keyframes and the query's embedding where the model chooses frames, else nothing.
+        """
+        if self.selector is None:
+            return {}
+        keyframes, vector = self.select(path, query)
+        return {"keyframes": [keyframes], "queries": vector[None]}  # [(K,)], (1, D_q)
 
     def sample(self, path, timeout_s=None) -> Clip:
         """Read the frames of a clip that this model is made for. Raises VideoError."""

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
 from tlv.background import Background
+from tlv.builders import load_model
 from tlv.keyframes import choose_keyframes
+from tlv.kv_cache import make_cache
 from tlv.long_video import encode_clip, prefill
-from tlv.model import load_model
 from tlv.selector import CHUNK
 from tlv.video import read_chunks
 
@@ -92,7 +92,7 @@ def _run(model, processor, path, query) -> dict[str, float]:
     model.vision_features = plain
     tokens_mib = tokens.nbytes / 2**20
     note(tokens_mib)
-    cache = DynamicCache(config=model.language_model.config)
+    cache = make_cache(model.language_model.config, len(tokens))
     timed("prefill", prefill)(model, tokens[None], cache)
     kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     cache_mib = sum(t.nbytes for t in kept) / 2**20

@@ -88,8 +88,10 @@ class Selector:
         if file and file.is_file():
             with safe_open(file, "pt") as found:
                 return found.get_tensor("frames")
-        chunks = [self.embed_frames(frames) for frames in read_chunks(path, numbers, CHUNK)]
-        embeddings = torch.cat(chunks)  # (T, D)
+        embeddings, done = torch.empty(len(numbers), self.width, dtype=torch.float16), 0  # (T, D)
+        for frames in read_chunks(path, numbers, CHUNK):
+            embeddings[done : done + len(frames)] = self.embed_frames(frames)
+            done += len(frames)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             draft = file.with_suffix(f".{os.getpid()}.tmp")

@@ -78,7 +78,7 @@ def _manifest(folder: Path):
 
 
 def _model(folder: Path):
-    from tlv.model import build_model
+    from tlv.builders import build_model
     from tlv.toy_data import read_card
 
     card = read_card(world(SCRATCH / "00_toy_world/world"))

@@ -16,8 +16,10 @@ from PIL import Image
 
 from tlv import defects, questions, world
 from tlv.background import stand_back
+from tlv.chat import write_conversation
 from tlv.files import write_json
-from tlv.video import is_picture, write_video
+from tlv.mp4 import write_video
+from tlv.video import is_picture
 
 CARD_KEYS = (
     "videos_dir", "raw_captions", "raw_qa", "val_captions", "val_qa", "test_questions",
@@ -235,11 +237,7 @@ def _qa_sample(entry: Entry, sample_id: str, rng, caption_share: float = 0.0) ->
 
 def _sample(entry: Entry, sample_id: str, turns) -> dict:
     kind = "image" if is_picture(entry.name) else "video"
-    conversations = []
-    for index, (question, answer) in enumerate(turns):
-        value = f"<{kind}>\n{question}" if index == 0 else question
-        conversations.append({"from": "human", "value": value})
-        conversations.append({"from": "gpt", "value": answer})
+    conversations = write_conversation(turns, kind)
     return {"id": sample_id, kind: entry.name, "conversations": conversations}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from tlv import checkpoint, lora
+from tlv.builders import load_model
 from tlv.config import ConfigError, TrainConfig, as_dict, build, load_json, resolve
 from tlv.data import (
     BadSamples,
@@ -28,7 +29,6 @@ from tlv.data import (
     make_loader,
 )
 from tlv.files import write_json
-from tlv.model import load_model
 from tlv.order import group_alike, rank_batches, sample_key, sample_stream
 from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
 from tlv.recipes import count_warmup_steps, learning_rate, parameter_groups, set_trainable

@@ -1,21 +1,21 @@
-"""Read and write clips: only the frames that are needed, with their times, from any common codec.
+"""Read clips: only the frames that are needed, with their times, from any common codec.
 
 PyAV lists what a file holds without decoding (so times are exact at a variable frame rate). decord
 decodes (one thread, it seeks to what is asked); PyAV, which brings a newer FFmpeg, decodes what
 decord cannot. Where both can, their pixels are equal. Every failure is a `VideoError`.
 Frame numbers count frames in the order they are shown; times are seconds, as stored in the file.
-Taught in notebooks 00 (writing) and 02 (sampling).
+Taught in notebooks 02 (sampling) and 06 (long clips).
 """
 
 import bisect
+import itertools
 import math
-import os
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 # Where decord 0.6 was seen to give the right frames. Elsewhere it fails (AV1) or, worse, gives a
@@ -169,40 +169,41 @@ def _brief(error) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
-# ---- two decoders: distinct ascending frame numbers -> chunks (n, H, W, 3) uint8 -------------
+# ---- two decoders: distinct ascending frame numbers -> frames (T, H, W, 3) uint8 -------------
 
 
-def _decode_with_decord(path, index: _Index, numbers, size: int):
+def _decode_with_decord(path, index: _Index, numbers) -> np.ndarray:
     import decord  # only here: PyAV alone serves machines that decord has no wheel for
 
     decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(str(path), num_threads=1)
     if len(reader) != len(index.pts):
         raise VideoError(path, f"decord counts {len(reader)} frames, PyAV {len(index.pts)}")
-    for start in range(0, len(numbers), size):
-        yield reader.get_batch(list(numbers[start : start + size])).asnumpy()
+    return reader.get_batch(list(numbers)).asnumpy()
 
 
-def _decode_with_pyav(path, index: _Index, numbers, size: int):
-    """Seek to the keyframe before each frame; where that fails (MPEG-TS), read from the start."""
-    wanted, chunk = [index.pts[i] for i in numbers], []
-    for can_seek in (True, False):
-        for image in _frames_at(path, index, list(wanted), can_seek):
-            del wanted[0]
-            chunk.append(image)
-            if len(chunk) == size:
-                yield np.stack(chunk)
-                chunk = []
+def _decode_with_pyav(path, index: _Index, numbers):
+    """Yields (H, W, 3), one frame at a time. Raises VideoError where none decodes.
+
+    Seeks to the keyframe before each frame; where that fails (MPEG-TS), reads from the start.
+    """
+    wanted = [index.pts[i] for i in numbers]
+    try:
+        for can_seek in (True, False):
+            for image in _frames_at(path, index, list(wanted), can_seek):
+                del wanted[0]
+                yield image
+    except av.FFmpegError as error:
+        reason = f"damaged, it opens but does not decode: {_brief(error)}"
+        raise VideoError(path, reason) from error
     if wanted:
         seconds = wanted[0] * index.time_base
         raise VideoError(path, f"damaged: no frame decodes at {seconds:.3f} s; copy it again")
-    if chunk:
-        yield np.stack(chunk)
 
 
 def _frames_at(path, index: _Index, wanted, can_seek: bool):
     """The frames shown at the times `wanted` (ticks), up to the first that is not found."""
-    shown = None
+    shown, to_rgb = None, VideoReformatter()  # one for all frames: to make one is most of the time
     with _open(path) as container:
         stream = container.streams.best("video")
         decoded = container.decode(stream)
@@ -213,27 +214,20 @@ def _frames_at(path, index: _Index, wanted, can_seek: bool):
             frame = next((f for f in decoded if f.pts == pts), None)
             if frame is None:
                 break
-            image = frame.to_ndarray(format="rgb24")
+            image = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
             yield np.rot90(image, frame.rotation // 90)  # as the file says it is shown
             shown = pts
 
 
-def _decode(path, index: _Index, numbers, size: int):
-    """Distinct ascending frame numbers -> chunks: decord where it is right, else PyAV."""
-    is_safe, done = index.is_closed and index.codec in DECORD_CODECS, 0
+def _decode(path, index: _Index, numbers) -> np.ndarray:
+    """decord where it is right, else PyAV."""
+    is_safe = index.is_closed and index.codec in DECORD_CODECS
     if is_safe and any(name in index.container for name in DECORD_CONTAINERS):
         try:
-            for chunk in _decode_with_decord(path, index, numbers, size):
-                yield chunk
-                done += len(chunk)
-            return
+            return _decode_with_decord(path, index, numbers)
         except Exception:  # decord's own error is a bare Exception; PyAV says what is wrong
             pass
-    try:
-        yield from _decode_with_pyav(path, index, numbers[done:], size)
-    except av.FFmpegError as error:
-        reason = f"damaged, it opens but does not decode: {_brief(error)}"
-        raise VideoError(path, reason) from error
+    return np.stack(list(_decode_with_pyav(path, index, numbers)))
 
 
 def _read(path, choose) -> Clip:
@@ -243,7 +237,7 @@ def _read(path, choose) -> Clip:
     indices = np.asarray(choose(total, index.fps), dtype=int)  # (T,)
     _check_numbers(path, indices, total)
     numbers, places = np.unique(indices, return_inverse=True)
-    frames = np.concatenate(list(_decode(path, index, numbers, len(numbers))))[places]
+    frames = _decode(path, index, numbers)[places]
     return Clip(frames, indices, index.seconds(indices), total, index.fps, total / index.fps)
 
 
@@ -259,7 +253,7 @@ def _check_numbers(path, indices, total):
 def probe(path) -> VideoInfo:
     """Count frames and read sizes and times, decoding the first frame only."""
     index = _index(path)
-    height, width = next(_decode(path, index, [0], 1)).shape[1:3]
+    height, width = _decode(path, index, [0]).shape[1:3]
     total = len(index.pts)
     return VideoInfo(total, index.fps, total / index.fps, width, height, index.codec)
 
@@ -282,7 +276,10 @@ def read_chunks(path, indices, size: int = 64):
     if (np.diff(indices) <= 0).any():
         raise ValueError("indices must be ascending, each one once")
     _check_numbers(path, indices, len(index.pts))
-    yield from _decode(path, index, indices, size)
+    # PyAV alone: decord is no faster in a row, and holds frames of its own, more and more at first.
+    frames = _decode_with_pyav(path, index, indices)
+    while chunk := list(itertools.islice(frames, size)):
+        yield np.stack(chunk)
 
 
 def plan_frames(path, num_frames=16, sampling="uniform", fps=1.0, max_frames=64):
@@ -332,36 +329,3 @@ def read_image(path) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
     except (OSError, SyntaxError) as error:
         raise VideoError(path, f"not a readable picture: {_brief(error)}") from error
-
-
-# ---- writing --------------------------------------------------------------------------------
-
-
-def write_video(path, frames, fps, crf=18) -> None:
-    """Write (T, H, W, 3) uint8 RGB frames as an H.264 MP4; the same frames give the same bytes.
-
-    H and W must be even (4:2:0 colour). One thread, no dates in the file, renamed when complete.
-    """
-    frames, path = np.asarray(frames), Path(path)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(f"{path}: frames must be (T, H, W, 3) uint8, T >= 1, "
-                         f"not {frames.shape} {frames.dtype}")
-    _, height, width, _ = frames.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"{path}: H.264 wants an even height and width, not {height} x {width}")
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-    try:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as out:
-            stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.codec_context.thread_count = 1
-            # x264's lookahead reads memory that it never wrote: with it, one clip in six differs
-            # from run to run (x86-64, one thread). Without it the bytes are the same.
-            quiet = "threads=1:lookahead-threads=1:sync-lookahead=0:rc-lookahead=0:mbtree=0"
-            stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": quiet}
-            for frame in frames:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            out.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
