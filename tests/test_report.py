@@ -30,9 +30,19 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     long |= {"accuracy/chance": 0.25, "num_trials": 80, "num_questions": 120}
     (tmp_path / "outputs/tiny/06_long_video").mkdir()
     (tmp_path / "outputs/tiny/06_long_video/metrics.json").write_text(json.dumps(long))
+    ways, forms = ("dks", "top_k", "uniform"), ("dfm", "mean", "whole", "drop")
+    for way, form in ((way, form) for way in ways for form in forms):
+        name = "uniform" if (way, form) == ("uniform", "dfm") else f"{way}_{form}"
+        score = 0.3 if (way, form) == ("top_k", "mean") else 0.2
+        for end, value in (("", score), ("/low", score - 0.1), ("/high", score + 0.1)):
+            long[f"accuracy/{name}{end}"] = value
+    long |= {"accuracy/uniform/frames/500": 0.1, "accuracy/uniform/frames/10000": 0.1}
+    folder = tmp_path / "outputs/tiny/long/06_long_video"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(long))
     (tmp_path / "README.md").write_text(
         "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- costs -->\n<!-- /costs -->\n"
-        "<!-- long -->\n<!-- /long -->\n"
+        "<!-- long -->\n<!-- /long -->\n<!-- grid -->\n<!-- /grid -->\n"
     )
     assert report.main(["readme"]) == 0
     text = (tmp_path / "README.md").read_text()
@@ -44,12 +54,15 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     assert "| image_04_sft | 45 s | 1.0 GiB |" in text
     assert "| DKS | 50.0% | 40.0% to 60.0% | 50.0% | 40.0% to 60.0% |" in text
     assert "| top-K | 50.0% | 40.0% to 60.0% |  |  |" in text and "| chance | | | 25.0% | |" in text
+    assert ("| K keyframes, others averaged | 20.0% (10.0% to 30.0%) | 30.0% (20.0% to 40.0%) | "
+            "20.0% (10.0% to 30.0%) |") in text  # fmt: skip
+    assert "120 questions on clips of 500 to 10,000 frames; chance 25.0%." in text
     assert text.startswith("a\n") and "\nb\n" in text
 
 
 def test_the_readme_has_the_marks_and_the_two_commands():
     text = (ROOT / "README.md").read_text()
-    for name in ("results", "costs", "long"):
+    for name in ("results", "costs", "long", "grid"):
         report.fill(text, name, "x")
     assert "\nmake repro " in text and "\nmake test " in text
     with pytest.raises(ValueError, match="<!-- other -->"):

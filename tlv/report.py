@@ -19,6 +19,13 @@ PARTS = (
     ("multiple choice", "accuracy/choice"),
     ("shape-colour pairs never seen in training", "accuracy/unseen_pairs"),
 )
+WAYS = {"dks": "DKS", "top_k": "top-K", "uniform": "uniform"}
+FORMS = {
+    "dfm": "K keyframes, others merged (DFM)",
+    "mean": "K keyframes, others averaged",
+    "whole": "as many, in more whole frames",
+    "drop": "K keyframes alone, fewer tokens",
+}
 
 
 def cost_table(preset: str) -> str:
@@ -69,13 +76,32 @@ def long_table(preset: str) -> str:
         return f"No run of notebook 06 with the preset `{preset}` yet."
     rows = ["| keyframes | needles hit beside a distractor | 95% interval | questions answered | "
             "95% interval |", "|---|---|---|---|---|"]  # fmt: skip
-    for way, title, key in (("dks", "DKS", "accuracy/dks_dfm"), ("top_k", "top-K", None),
-                            ("uniform", "uniform", "accuracy/uniform")):
+    for (way, title), key in zip(
+        WAYS.items(), ("accuracy/dks_dfm", None, "accuracy/uniform"), strict=True
+    ):
         answered = _with_interval(metrics, key) if key else " | "
         rows.append(f"| {title} | {_with_interval(metrics, f'hit_rate/{way}')} | {answered} |")
     rows.append(f"| chance | | | {metrics['accuracy/chance']:.1%} | |")
     rows.append(f"\n{metrics['num_trials']} haystacks; {metrics['num_questions']} questions, equal "
                 "numbers of keyframes and tokens.")  # fmt: skip
+    return "\n".join(rows)
+
+
+def grid_table(preset: str) -> str:
+    """Answers on long clips for each selection and form of merging, from `make long`."""
+    metrics = _metrics(f"{preset}/long", "06_long_video")
+    if not metrics:
+        return f"No run of `make long` with the preset `{preset}` yet."
+    rows = [f"| tokens | {' | '.join(WAYS.values())} |", "|---|---|---|---|"]
+    for form, title in FORMS.items():
+        keys = [f"accuracy/{way}" if (way, form) == ("uniform", "dfm") else f"accuracy/{way}_{form}"
+                for way in WAYS]  # fmt: skip
+        cells = [f"{metrics[k]:.1%} ({metrics[f'{k}/low']:.1%} to {metrics[f'{k}/high']:.1%})"
+                 for k in keys]  # fmt: skip
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    lengths = [int(k.split("/")[-1]) for k in metrics if k.startswith("accuracy/uniform/frames/")]
+    rows.append(f"\n{metrics['num_questions']} questions on clips of {min(lengths)} to "
+                f"{max(lengths):,} frames; chance {metrics['accuracy/chance']:.1%}.")
     return "\n".join(rows)
 
 
@@ -109,7 +135,8 @@ def main(arguments=None) -> int:
     path = ROOT / "README.md"
     text = fill(path.read_text(), "costs", cost_table(options.preset))
     text = fill(text, "results", result_table(options.preset))
-    write_text(path, fill(text, "long", long_table(options.preset)))
+    text = fill(text, "long", long_table(options.preset))
+    write_text(path, fill(text, "grid", grid_table(options.preset)))
     print("README.md: tables filled")
     return 0
 
