@@ -11,10 +11,12 @@ from tlv.chat import (
     ConversationError,
     encode,
     parse_conversation,
+    query_of,
     render,
     stop_token_ids,
     to_jinja,
     with_video,
+    write_conversation,
 )
 
 SYSTEM = (
@@ -165,6 +167,23 @@ def test_annotations_are_read():
     assert moved == [("Hi.", "Hello."), ("<video>\nSee  it", "Yes.")]
     assert parse_conversation(sample("Hi.", "Hello.", video=None)) == [("Hi.", "Hello.")]
     assert with_video("What <image>?") == "<video>\nWhat ?"
+
+
+def test_turns_are_written_as_they_are_read():
+    turns = [("What?", "A cat."), ("Where?", "Here.")]
+    for kind in ("video", "image"):
+        written = {"id": "s", kind: "a.mp4", "conversations": write_conversation(turns, kind)}
+        assert written["conversations"][0]["value"] == f"<{kind}>\nWhat?"
+        assert parse_conversation(written) == [(with_video(turns[0][0]), "A cat."), turns[1]]
+
+
+@pytest.mark.parametrize("sample, question, query", [
+    ({"query": "red"}, "<video>\nWhat shape is it?", "red"),
+    ({}, "<video>\nWhat shape is it?\nA. square\nB. bar", "What shape is it?"),
+    ({"query": ""}, "\nWhere? <image>", "Where?"),
+])  # fmt: skip
+def test_a_query_is_the_samples_own_or_the_question_without_options(sample, question, query):
+    assert query_of(sample, [(question, None), ("And then?", None)]) == query
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     for way, form in ((way, form) for way in ways for form in forms):
         name = "uniform" if (way, form) == ("uniform", "dfm") else f"{way}_{form}"
         score = 0.3 if (way, form) == ("top_k", "mean") else 0.2
+        if (way, form) == ("top_k", "drop"):
+            continue  # a run may leave some out
         for end, value in (("", score), ("/low", score - 0.1), ("/high", score + 0.1)):
             long[f"accuracy/{name}{end}"] = value
     long |= {"accuracy/uniform/frames/500": 0.1, "accuracy/uniform/frames/10000": 0.1}
@@ -56,6 +58,7 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     assert "| top-K | 50.0% | 40.0% to 60.0% |  |  |" in text and "| chance | | | 25.0% | |" in text
     assert ("| K keyframes, others averaged | 20.0% (10.0% to 30.0%) | 30.0% (20.0% to 40.0%) | "
             "20.0% (10.0% to 30.0%) |") in text  # fmt: skip
+    assert "alone, fewer tokens | 20.0% (10.0% to 30.0%) |  | 20.0% (10.0% to 30.0%) |" in text
     assert "120 questions on clips of 500 to 10,000 frames; chance 25.0%." in text
     assert text.startswith("a\n") and "\nb\n" in text
 

@@ -11,12 +11,13 @@ from tlv.answering import generate_answers
 from tlv.ask import ask
 from tlv.builders import load_model, with_connector
 from tlv.connectors import build_connector
-from tlv.data import VideoTextDataset, collate
+from tlv.data import FeatureCache, VideoTextDataset, collate
 from tlv.long_video import BudgetError, check_budget, encode_clip, generate
 from tlv.merging import MergeStream
 from tlv.mp4 import write_video
 from tlv.selector import QueryError
 from tlv.train import answer_nll
+from tlv.video import VideoError
 from tlv.vilamp import Vilamp
 
 T, N, WIDTH, LLM, D_Q = 23, 9, 12, 20, 6
@@ -306,7 +307,8 @@ def test_evaluation_asks_each_question_with_its_query(long_model, path):
     rows = [{**head, "question": "Where?", "query": "a park"},
             {**head, "question": "Where?\nA. here\nB. there"},
             {**head, "question": "Where?", "video": None},
-            {**head, "question": "Where?", "video": "nowhere.mp4"}]
+            {**head, "question": "Where?", "video": "nowhere.mp4"},
+            {**head, "question": "Where is the man who is running in the park? " * 3}]
     found = generate_answers(model, processor, rows, path.parent, max_new_tokens=5)
     asked = [(rows[0]["question"], "a park"), (rows[1]["question"], "Where?")]
     said = generate(model, processor, path, asked, max_new_tokens=5)
@@ -315,6 +317,34 @@ def test_evaluation_asks_each_question_with_its_query(long_model, path):
     assert [one.text for one in found[:2]] == texts
     assert found[0].confidence == pytest.approx(np.exp(sum(said[0].log_probs)), rel=1e-4)
     assert found[2].error == "" and "no such file" in found[3].error
+    assert "the text encoder reads 16" in found[4].error and found[4].text == ""
+
+
+def test_more_keyframes_than_it_was_built_for(build_tiny, pair_dir, path):
+    """Without merged frames the number of keyframes is free: more whole frames, more tokens."""
+    model, processor = build_tiny(connector_type="vilamp", selector_dir=pair_dir, sampling="fps",
+                                  fps=8.0, max_frames=500, num_keyframes=3, merging="drop")
+    processor.selector.cache_dir, processor.num_keyframes = None, 20
+    look = processor.select(path, "a park")
+    (tokens,) = encode_clip(model, processor, path, [look])
+    assert len(look[0]) == 20 and len(tokens) == processor.num_tokens(100) == 20 * 4
+    (said,) = generate(model, processor, path, [("Where?", "a park")], max_new_tokens=3)
+    assert 1 <= len(said.tokens) <= 3
+
+
+def test_a_clip_that_the_selector_cannot_read_is_a_bad_sample(long_model, path, monkeypatch):
+    model, processor = long_model
+    turn = [{"from": "human", "value": "<video>\nWhere?"}, {"from": "gpt", "value": "Here."}]
+    samples = [{"id": "a", "video": path.name, "conversations": turn}]
+    data = VideoTextDataset(samples, path.parent, model, processor)
+    data.cache = FeatureCache(model, "cpu", torch.float32)
+
+    def embed(path):
+        raise VideoError(path, "damaged further on")
+
+    monkeypatch.setattr(processor, "embed", embed)
+    data.cache.fill(data, [0])
+    assert "damaged further on" in data[0].reason
 
 
 def test_the_command_names_the_keyframes(long_model, path, tmp_path):

@@ -14,6 +14,7 @@ import torch
 
 from tlv import long_video
 from tlv.chat import encode, query_of, stop_token_ids, with_video
+from tlv.selector import QueryError
 from tlv.video import VideoError
 
 
@@ -56,8 +57,11 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
 
     Questions of one clip follow each other, so that each clip is decoded and encoded once. Rows are
     padded on the left and clips go in as features (T, N, D_v). A clip that cannot be decoded gives
-    an Answer with its error. `progress` wraps the batches (tqdm). A model that chooses frames by
-    the question takes a question's `query`, or else its first line, and one clip at a time.
+    an Answer with its error. `progress` wraps the batches (tqdm).
+
+    A model that chooses frames by the question takes a question's `query`, or else its first line,
+    and one clip at a time; then a query that the selector refuses gives an Answer with its error,
+    and `timeout_s` does not apply. Raises BudgetError for a clip beyond the LLM's context.
     """
     is_training = model.training
     model.eval()
@@ -93,6 +97,7 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
 def _answer_long(model, processor, questions, videos_dir, max_new_tokens, progress):
     ends, found = stop_token_ids(model.config.template, processor.tokenizer), {}
     names = [question["video"] for question in questions]
+    queries = [query_of(question, [(question["question"], None)]) for question in questions]
     if None in names:
         blind_ones = [i for i, name in enumerate(names) if name is None]
         rows = [(questions[i]["question"], None) for i in blind_ones]
@@ -100,8 +105,13 @@ def _answer_long(model, processor, questions, videos_dir, max_new_tokens, progre
         found |= dict(zip(blind_ones, answers, strict=True))
     for name in progress(sorted(set(names) - {None})):
         its = [i for i, other in enumerate(names) if other == name]
-        asked = [(q["question"], query_of(q, [(q["question"], None)]))
-                 for q in (questions[i] for i in its)]
+        for i in its:
+            try:
+                processor.selector.embed_text(queries[i])
+            except QueryError as error:
+                found[i] = Answer("", error=str(error))
+        its = [i for i in its if i not in found]
+        asked = [(questions[i]["question"], queries[i]) for i in its]
         try:
             said = long_video.generate(model, processor, Path(videos_dir) / name, asked,
                                        max_new_tokens)

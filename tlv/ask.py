@@ -11,7 +11,7 @@ import torch
 
 from tlv import long_video
 from tlv.builders import load_model
-from tlv.chat import render, with_video
+from tlv.chat import query_of, render, with_video
 from tlv.pretrained import ModelFolderError
 from tlv.video import Clip, VideoError, is_picture
 
@@ -52,7 +52,7 @@ def ask(path, question, model_dir, device="cpu", max_new_tokens=64, timeout_s=60
 
 def _ask_long(model, processor, path, question, max_new_tokens) -> str:
     """The same from a model that chooses keyframes by the question."""
-    query = question.split("\n")[0]
+    query = query_of({}, [(question, None)])
     (said,) = long_video.generate(model, processor, path, [(question, query)], max_new_tokens)
     numbers, seconds = processor.plan(path)
     keyframes = processor.select(path, query)[0]

@@ -67,8 +67,9 @@ class VideoTextDataset(Dataset):
     `cache` (a filled FeatureCache) gives what the vision encoder made of the clip, in its place.
     `gap_seed` (None: no gaps) spreads positions over the LLM's context, each sample's always alike.
 
-    A processor with a selector also gives keyframes, for the sample's `query`, or its first
-    question where it has none. Where "video" is a list of files, they are shown one after another.
+    A processor with a selector also gives keyframes, for the sample's `query`, or the first line of
+    its first question where it has none. Where "video" is a list of files, they are shown one after
+    another.
     """
 
     def __init__(self, samples, videos_dir, model, processor, *, template=None, turns="packed",
@@ -221,8 +222,11 @@ class FeatureCache:
                 with torch.no_grad():
                     pixels = found.to(self._device, self._dtype)  # (T, C, H, W)
                     found = self._model.vision_features(pixels).cpu()  # (T, N, D_v)
-                if dataset.processor.selector is not None:
-                    self.embeddings[path] = dataset.processor.embed(path)
+                try:
+                    if dataset.processor.selector is not None:
+                        self.embeddings[path] = dataset.processor.embed(path)
+                except VideoError as error:  # the selector reads the whole clip, not some frames
+                    found = error
             self._found[path] = found
 
     def __getitem__(self, path: Path) -> torch.Tensor:

@@ -147,7 +147,7 @@ SELECTIONS = {
 }
 
 
-def count_tokens(num_frames, num_keyframes, per_keyframe, per_frame=1) -> int:
+def count_clip_tokens(num_frames, num_keyframes, per_keyframe, per_frame=1) -> int:
     """Tokens of a clip, S = K P + (T - K): of its keyframes, and of all other frames.
 
     A clip shorter than `num_keyframes` is all keyframes. Source: ViLAMP section 4.3. Taught in

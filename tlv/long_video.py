@@ -2,9 +2,9 @@
 
 The first pass embeds every frame and chooses keyframes for the question (`tlv.selector`). The
 second encodes and merges, chunk by chunk. Then the video tokens go through the LLM in pieces, once
-for all questions that share their keyframes. No more than CHUNK frames are ever in memory; what
-grows is the tokens and the LLM's cache. Source: ViLAMP (arXiv 2504.02438) section 4; the published
-code holds all frames at once. Taught in notebook 06.
+for all questions that share their keyframes. No more than two chunks of CHUNK frames are ever in
+memory; what grows is the tokens and the LLM's cache. Source: ViLAMP (arXiv 2504.02438) section 4;
+the published code holds all frames at once. Taught in notebook 06.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from tlv.chat import VIDEO_TOKEN, video_token_id
-from tlv.keyframes import choose_keyframes, count_tokens
+from tlv.keyframes import choose_keyframes, count_clip_tokens
 from tlv.video import Clip, plan_frames, sample_frames
 
 SELECTOR = "selector"  # the folder of the image-text pair, below the model's
@@ -70,7 +70,7 @@ class TlvProcessor(ProcessorMixin):
 
     def num_tokens(self, num_frames: int) -> int:
         """Video tokens of a clip of `num_frames` frames."""
-        return self.tokens_per_clip + count_tokens(
+        return self.tokens_per_clip + count_clip_tokens(
             num_frames, self.num_keyframes, self.tokens_per_keyframe, self.tokens_per_frame
         )
 

@@ -97,7 +97,7 @@ def grid_table(preset: str) -> str:
         keys = [f"accuracy/{way}" if (way, form) == ("uniform", "dfm") else f"accuracy/{way}_{form}"
                 for way in WAYS]  # fmt: skip
         cells = [f"{metrics[k]:.1%} ({metrics[f'{k}/low']:.1%} to {metrics[f'{k}/high']:.1%})"
-                 for k in keys]  # fmt: skip
+                 if k in metrics else "" for k in keys]  # fmt: skip
         rows.append(f"| {title} | {' | '.join(cells)} |")
     lengths = [int(k.split("/")[-1]) for k in metrics if k.startswith("accuracy/uniform/frames/")]
     rows.append(f"\n{metrics['num_questions']} questions on clips of {min(lengths)} to "

@@ -2,13 +2,13 @@
 
 PyAV lists what a file holds without decoding (so times are exact at a variable frame rate). decord
 decodes (one thread, it seeks to what is asked); PyAV, which brings a newer FFmpeg, decodes what
-decord cannot. Where both can, their pixels are equal. Every failure is a `VideoError`.
+decord cannot, and long clips from end to end. Where both can, their pixels are equal. Every failure
+is a `VideoError`.
 Frame numbers count frames in the order they are shown; times are seconds, as stored in the file.
 Taught in notebooks 02 (sampling) and 06 (long clips).
 """
 
 import bisect
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,8 +266,9 @@ def read_frames(path, indices=None) -> np.ndarray:
 def read_chunks(path, indices, size: int = 64):
     """The frames numbered `indices` (ascending, each once), read in order and `size` at a time.
 
-    Yields (n, H, W, 3) uint8 RGB, n <= size; never more than one chunk is in memory. Raises
-    VideoError, for a file that is damaged further on when that place is reached. Notebook 06.
+    Yields (n, H, W, 3) uint8 RGB, n <= size; beside the caller's chunk only the next is in memory.
+    Raises VideoError, for a file that is damaged further on when that place is reached.
+    Notebook 06.
     """
     if is_picture(path):
         yield read_image(path)
@@ -278,8 +279,13 @@ def read_chunks(path, indices, size: int = 64):
     _check_numbers(path, indices, len(index.pts))
     # PyAV alone: decord is no faster in a row, and holds frames of its own, more and more at first.
     frames = _decode_with_pyav(path, index, indices)
-    while chunk := list(itertools.islice(frames, size)):
-        yield np.stack(chunk)
+    for start in range(0, len(indices), size):
+        first = next(frames)
+        chunk = np.empty((min(size, len(indices) - start), *first.shape), np.uint8)  # (n, H, W, 3)
+        chunk[0] = first
+        for place in range(1, len(chunk)):
+            chunk[place] = next(frames)
+        yield chunk
 
 
 def plan_frames(path, num_frames=16, sampling="uniform", fps=1.0, max_frames=64):

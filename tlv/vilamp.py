@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tlv.keyframes import count_tokens
+from tlv.keyframes import count_clip_tokens
 from tlv.merging import build_merging, merge_frames
 from tlv.mlp import mlp
 
@@ -45,7 +45,7 @@ class Vilamp(nn.Module):
     def num_tokens(self, num_patches: int) -> int:
         """Video tokens of a clip; it has min(T, num_keyframes) keyframes."""
         num_frames = num_patches // self.patches_per_frame
-        return count_tokens(num_frames, self.num_keyframes, self.tokens_per_keyframe,
+        return count_clip_tokens(num_frames, self.num_keyframes, self.tokens_per_keyframe,
                             self.tokens_per_frame)
 
     def forward(self, clips, keyframes, queries) -> list[torch.Tensor]:
