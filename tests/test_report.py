@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from tlv import ROOT, costs, report
+from tlv import ROOT, committed, costs, report
 
 
 def test_tables_come_from_outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(costs, "ROOT", tmp_path)
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
     costs.record_cost("tiny", "03_pretraining", 120, 2048 * 1024)
     costs.record_cost("tiny", "04_sft", 30, 1024 * 1024)
     costs.record_cost("tiny/image", "04_sft", 45, 1024 * 1024)

@@ -5,11 +5,11 @@ results between the README's `<!-- name -->` and `<!-- /name -->` lines.
 """
 
 import argparse
-import json
 import re
 import sys
 
 from tlv import ROOT
+from tlv.committed import metrics as metrics_of
 from tlv.costs import duration, read_costs
 from tlv.files import write_text
 
@@ -51,7 +51,7 @@ def cost_table(preset: str) -> str:
 
 def result_table(preset: str) -> str:
     """Held-out accuracy by question type beside the best baseline, from 05's metrics.json."""
-    metrics, pictures = (_metrics(f"{preset}{side}") for side in ("", "/image"))
+    metrics, pictures = (metrics_of(f"{preset}{side}", "05_evaluation") for side in ("", "/image"))
     if not metrics:
         return f"No evaluated run of the preset `{preset}` yet."
     rows = ["| questions | accuracy | 95% interval | best baseline | image model |",
@@ -71,7 +71,7 @@ def result_table(preset: str) -> str:
 
 def long_table(preset: str) -> str:
     """Needles hit and questions answered on long clips, from 06's metrics.json, by selection."""
-    metrics = _metrics(preset, "06_long_video")
+    metrics = metrics_of(preset, "06_long_video")
     if not metrics:
         return f"No run of notebook 06 with the preset `{preset}` yet."
     rows = ["| keyframes | needles hit beside a distractor | 95% interval | questions answered | "
@@ -89,7 +89,7 @@ def long_table(preset: str) -> str:
 
 def grid_table(preset: str) -> str:
     """Answers on long clips for each selection and form of merging, from `make long`."""
-    metrics = _metrics(f"{preset}/long", "06_long_video")
+    metrics = metrics_of(f"{preset}/long", "06_long_video")
     if not metrics:
         return f"No run of `make long` with the preset `{preset}` yet."
     rows = [f"| tokens | {' | '.join(WAYS.values())} |", "|---|---|---|---|"]
@@ -103,11 +103,6 @@ def grid_table(preset: str) -> str:
     rows.append(f"\n{metrics['num_questions']} questions on clips of {min(lengths)} to "
                 f"{max(lengths):,} frames; chance {metrics['accuracy/chance']:.1%}.")
     return "\n".join(rows)
-
-
-def _metrics(folder: str, name: str = "05_evaluation") -> dict | None:
-    path = ROOT / "outputs" / folder / name / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _with_interval(metrics: dict, key: str) -> str:
