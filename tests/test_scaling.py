@@ -13,7 +13,10 @@ def test_every_part_is_measured_and_memory_is_what_it_says(build_tiny, pair_dir,
     for part in parts:
         part.save_pretrained(tmp_path / "model")
     write_video(tmp_path / "clip.mp4", clip_frames(150), fps=8)
-    (found,) = scaling.measure_clips(tmp_path / "model", [tmp_path / "clip.mp4"], "a park")
+    write_video(tmp_path / "short.mp4", clip_frames(20), fps=8)
+    paths = [tmp_path / "short.mp4", tmp_path / "clip.mp4"]
+    short, found = scaling.measure(tmp_path / "model", paths, "a park")
+    assert short["num_frames"] == 20 and short["cache_mib"] < found["cache_mib"]
     assert found["num_frames"] == 150  # all of them, whatever the model samples
     assert all(found[part] > 0 for part in ("decode", "embed", "select", "encode", "prefill"))
     num_tokens = 3 * 4 + 147

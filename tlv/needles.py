@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ class Piece:
     @property
     def num_frames(self) -> int:
         return self.scene.num_frames
+
+    @cached_property
+    def words(self) -> set[str]:
+        """Its colours and shapes, at any time."""
+        return {word for pair in self.scene.pairs() for word in pair}
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,8 @@ def _encode(folder, scene, rng) -> Piece:
 
 def without(pieces, shown) -> list[Piece]:
     """The pieces that have no colour and no shape in common with those `shown`, at any time."""
-    taken = {word for piece in shown for pair in piece.scene.pairs() for word in pair}
-    return [piece for piece in pieces
-            if not taken & {word for pair in piece.scene.pairs() for word in pair}]
+    taken = {word for piece in shown for word in piece.words}
+    return [piece for piece in pieces if not taken & piece.words]
 
 
 # ---- the whole ------------------------------------------------------------------------------

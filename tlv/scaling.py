@@ -1,6 +1,6 @@
 """What a long clip costs, part by part: seconds and memory against the number of frames.
 
-Memory is what a process of its own needs beyond imports and the model, at its peak, less the video
+Memory is what a process needs beyond imports and the model, at its peak, less the video
 tokens and the LLM's cache: these grow with the clip whatever the code does, all else should not.
 Linux alone can tell (/proc). Taught in notebook 06.
 """
@@ -26,20 +26,19 @@ GIVE_BACK = ((-3, 2**16), (-1, 2**17), (-8, 1))
 PARTS = ("decode", "embed", "select", "encode", "merge", "prefill")
 
 
-def measure_clips(model_dir, paths, query: str, device: str = "cpu", num_threads: int = 1):
-    """`measure_clip` of each path, one after the other, each in a new process."""
-    fixed = dict(model_dir=model_dir, query=query, device=device)
-    jobs = ({"clip": (measure_clip, dict(path=path, **fixed))} for path in paths)
-    return [Background(job, num_threads).wait()["clip"] for job in jobs]
+def measure(model_dir, paths, query: str, device: str = "cpu", num_threads: int = 1) -> list[dict]:
+    """For each clip seconds of each of PARTS, `num_frames`, and MiB: `peak_mib`, `tokens_mib`,
+    `cache_mib`.
+
+    In a process of its own. Every frame is read. A first, short run warms up what is made once. On
+    a GPU the peak is that of its memory beyond the model.
+    """
+    values = dict(model_dir=model_dir, paths=paths, query=query, device=device)
+    return Background({"clips": (_measure, values)}, num_threads).wait()["clips"]
 
 
 @torch.inference_mode()
-def measure_clip(model_dir, path, query: str, device: str = "cpu") -> dict[str, float]:
-    """Seconds of each of PARTS, `num_frames`, and MiB: `peak_mib`, `tokens_mib`, `cache_mib`.
-
-    Every frame of the clip is read. A first, short run warms up what is made once. On a GPU the
-    peak is that of its memory beyond the model.
-    """
+def _measure(model_dir, paths, query, device) -> list[dict]:
     # What is measured is what is needed, not the holes that a growing heap happens to keep.
     for option, value in GIVE_BACK:
         LIBC.mallopt(option, value)
@@ -48,9 +47,9 @@ def measure_clip(model_dir, path, query: str, device: str = "cpu") -> dict[str, 
     processor.selector.model.to(device)
     processor.selector.cache_dir = None  # the first pass is measured, not read back
     processor.fps, processor.max_frames = 1e6, CHUNK
-    _run(model, processor, path, query)
+    _run(model, processor, paths[-1], query)
     processor.max_frames = 10**6
-    return _run(model, processor, path, query)
+    return [_run(model, processor, path, query) for path in paths]
 
 
 def _run(model, processor, path, query) -> dict[str, float]:

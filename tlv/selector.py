@@ -8,7 +8,7 @@ question. Taught in notebook 06.
 
 import hashlib
 import os
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ class Selector:
         self.model = model.eval().requires_grad_(False)
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.cache_dir = cache_dir
+        self._texts = lru_cache(1024)(self._embed_text)  # a training asks the same words again
 
     @property
     def width(self) -> int:
@@ -50,13 +51,16 @@ class Selector:
         config = self.model.config
         return getattr(config, "projection_dim", None) or config.text_config.projection_size
 
-    @torch.no_grad()
     def embed_text(self, query: str) -> torch.Tensor:
         """A question or a few words of it -> (D,) float32 of length 1.
 
         Raises QueryError for a query without words or longer than the text encoder reads (77 tokens
         for CLIP, 64 for SigLIP): what is asked at its end would be lost.
         """
+        return self._texts(query).clone()
+
+    @torch.no_grad()
+    def _embed_text(self, query: str) -> torch.Tensor:
         if not query.strip():
             raise QueryError("the query is empty; it must name what the question is about")
         limit = self.model.config.text_config.max_position_embeddings
