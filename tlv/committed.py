@@ -1,7 +1,7 @@
 """What the committed runs of the toy world found: shown in notebooks, never computed with.
 
 Cells that use it are tagged `measured`, so that no stage's result depends on another run's.
-Taught in notebooks 02 to 04.
+Taught in notebooks 02 to 04 and 06.
 """
 
 import json
@@ -9,6 +9,14 @@ import json
 from tlv import ROOT
 
 MODELS = {"video model": "tiny", "image model": "tiny/image"}  # TinyLLaVA-Video's form, TinyLLaVA's
+
+WAYS = {"dks": "DKS", "top_k": "top-K", "uniform": "uniform"}
+FORMS = {
+    "dfm": "K keyframes, others merged (DFM)",
+    "mean": "K keyframes, others averaged",
+    "whole": "as many, in more whole frames",
+    "drop": "K keyframes alone, fewer tokens",
+}
 
 
 def metrics(preset: str, stage: str) -> dict:
@@ -26,6 +34,24 @@ def side_by_side(stage: str, keys) -> str:
     for key in keys:
         cells = [_cell(values.get(key)) for values in found.values()]
         rows.append(f"{key:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(rows)
+
+
+def grid_table(preset: str) -> str:
+    """Answers on long clips for each selection and form of merging, from `make long`."""
+    found = metrics(f"{preset}/long", "06_long_video")
+    if not found:
+        return f"No run of `make long` with the preset `{preset}` yet."
+    rows = [f"| tokens | {' | '.join(WAYS.values())} |", "|---|---|---|---|"]
+    for form, title in FORMS.items():
+        keys = [f"accuracy/{way}" if (way, form) == ("uniform", "dfm") else f"accuracy/{way}_{form}"
+                for way in WAYS]  # fmt: skip
+        cells = [f"{found[k]:.1%} ({found[f'{k}/low']:.1%} to {found[f'{k}/high']:.1%})"
+                 if k in found else "" for k in keys]  # fmt: skip
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    lengths = [int(k.split("/")[-1]) for k in found if k.startswith("accuracy/uniform/frames/")]
+    rows.append(f"\n{found['num_questions']} questions on clips of {min(lengths)} to "
+                f"{max(lengths):,} frames; chance {found['accuracy/chance']:.1%}.")
     return "\n".join(rows)
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 
 from tlv import ROOT
+from tlv.committed import WAYS, grid_table
 from tlv.committed import metrics as metrics_of
 from tlv.costs import duration, read_costs
 from tlv.files import write_text
@@ -19,13 +20,6 @@ PARTS = (
     ("multiple choice", "accuracy/choice"),
     ("shape-colour pairs never seen in training", "accuracy/unseen_pairs"),
 )
-WAYS = {"dks": "DKS", "top_k": "top-K", "uniform": "uniform"}
-FORMS = {
-    "dfm": "K keyframes, others merged (DFM)",
-    "mean": "K keyframes, others averaged",
-    "whole": "as many, in more whole frames",
-    "drop": "K keyframes alone, fewer tokens",
-}
 
 
 def cost_table(preset: str) -> str:
@@ -84,24 +78,6 @@ def long_table(preset: str) -> str:
     rows.append(f"| chance | | | {metrics['accuracy/chance']:.1%} | |")
     rows.append(f"\n{metrics['num_trials']} haystacks; {metrics['num_questions']} questions, equal "
                 "numbers of keyframes and tokens.")  # fmt: skip
-    return "\n".join(rows)
-
-
-def grid_table(preset: str) -> str:
-    """Answers on long clips for each selection and form of merging, from `make long`."""
-    metrics = metrics_of(f"{preset}/long", "06_long_video")
-    if not metrics:
-        return f"No run of `make long` with the preset `{preset}` yet."
-    rows = [f"| tokens | {' | '.join(WAYS.values())} |", "|---|---|---|---|"]
-    for form, title in FORMS.items():
-        keys = [f"accuracy/{way}" if (way, form) == ("uniform", "dfm") else f"accuracy/{way}_{form}"
-                for way in WAYS]  # fmt: skip
-        cells = [f"{metrics[k]:.1%} ({metrics[f'{k}/low']:.1%} to {metrics[f'{k}/high']:.1%})"
-                 if k in metrics else "" for k in keys]  # fmt: skip
-        rows.append(f"| {title} | {' | '.join(cells)} |")
-    lengths = [int(k.split("/")[-1]) for k in metrics if k.startswith("accuracy/uniform/frames/")]
-    rows.append(f"\n{metrics['num_questions']} questions on clips of {min(lengths)} to "
-                f"{max(lengths):,} frames; chance {metrics['accuracy/chance']:.1%}.")
     return "\n".join(rows)
 
 
