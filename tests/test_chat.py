@@ -128,13 +128,6 @@ def test_jinja_equals_render(template):
         assert jinja.render(messages=plain) == wanted
 
 
-def test_cutting_keeps_the_visual_whole(bytes_tokenizer):
-    cut = encode(TURNS, "qwen2_base", bytes_tokenizer, 8, max_seq_len=200)
-    assert len(cut["input_ids"]) == len(cut["labels"]) == 200
-    with pytest.raises(ConversationError, match="8 video tokens .* max_seq_len = 160"):
-        encode(TURNS, "qwen2_base", bytes_tokenizer, 8, max_seq_len=160)
-
-
 def test_visuals_and_counts_must_agree(bytes_tokenizer):
     with pytest.raises(ConversationError, match="1 <video> .* num_video_tokens = None"):
         encode(TURNS, "qwen2_base", bytes_tokenizer)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from toy_tokenizer import make_tokenizer
 from transformers import AutoTokenizer
 
 from tlv.builders import load_model
@@ -275,6 +276,48 @@ def test_a_legacy_checkpoint_without_its_last_encoder_layer(write, tmp_path, vis
     assert torch.equal(model.language_model.lm_head.bias, weights["lm_head.bias"])
     last = model.state_dict()["vision_encoder.encoder.layers.2.mlp.fc1.weight"]
     assert not last.any()  # zeros that nothing reads
+
+
+def test_a_flat_openelm_checkpoint(write, tmp_path, clip_frames):
+    """TinyLLaVA-OpenELM-450M-SigLIP-0.89B: another language model's names, Llama's tokenizer."""
+    text = {
+        "activation_fn_name": "swish", "architectures": ["OpenELMForCausalLM"],
+        "auto_map": {"AutoConfig": "apple/OpenELM-450M-Instruct--configuration_openelm.Config"},
+        "ffn_dim_divisor": 16, "ffn_multipliers": [0.5, 4.0], "ffn_with_glu": True, "head_dim": 8,
+        "max_context_length": 2048, "model_dim": D, "model_type": "openelm",
+        "normalization_layer_name": "rms_norm", "normalize_qk_projections": True,
+        "num_gqa_groups": 2, "num_kv_heads": [1, 2], "num_query_heads": [2, 4],
+        "num_transformer_layers": 2, "qkv_multipliers": [0.5, 1.0], "rope_freq_constant": 10000,
+        "rope_max_length": 4096, "share_input_output_layers": True, "vocab_size": V,
+    }  # fmt: skip
+    shapes = {"token_embeddings.weight": (V, D), "norm.weight": (D,)}
+    for i, (heads, wide) in enumerate([(2, 16), (4, 128)]):
+        layer = f"layers.{i}."
+        shapes |= {
+            layer + "attn.qkv_proj.weight": (2 * heads * 8, D),
+            layer + "attn.out_proj.weight": (D, heads * 8), layer + "attn.q_norm.weight": (8,),
+            layer + "attn.k_norm.weight": (8,), layer + "ffn.proj_1.weight": (2 * wide, D),
+            layer + "ffn.proj_2.weight": (D, wide), layer + "attn_norm.weight": (D,),
+            layer + "ffn_norm.weight": (D,),
+        }  # fmt: skip
+    weights = {k: v for k, v in make_weights(MLP).items() if not k.startswith("language_model.")}
+    weights |= {f"language_model.transformer.{k}": torch.randn(v) for k, v in shapes.items()}
+    source = write(weights, connector_type="mlp2x_gelu", text_config=text)
+    special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    make_tokenizer(["A red circle."], special, True, V).save_pretrained(source)
+    config = convert(source, tmp_path / "out")
+    assert config.template == "llama" and config.tie_word_embeddings
+    model, processor = load_model(tmp_path / "out")
+    assert processor.tokenizer.pad_token == "<unk>"
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in weights.items() if "transformer" in k)
+    assert torch.equal(state["language_model.lm_head.weight"],
+                       weights["language_model.transformer.token_embeddings.weight"])
+    assert show(tmp_path / "out", clip_frames).isfinite().all()
+    del weights["language_model.transformer.layers.1.attn.q_norm.weight"]
+    source = write(weights, "torn", connector_type="mlp2x_gelu", text_config=text)
+    with pytest.raises(ModelFolderError, match="1 weights are missing: .*layers.1.attn.q_norm"):
+        convert(source, tmp_path / "out", template="llama", tokenizer_dir=tmp_path / "published")
 
 
 def test_what_may_be_missing_is_what_the_output_never_sees(write, tmp_path, clip_frames):

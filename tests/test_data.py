@@ -1,24 +1,14 @@
 """The order of samples, how they become micro-batches, and what happens to bad ones."""
 
-import json
-
 import pytest
 import torch
 from toy_manifest import make_sample, make_world, turn
 
 from tlv import processor as processor_module
+from tlv.bad_samples import BadSample
 from tlv.chat import IGNORE_INDEX
 from tlv.config import ConfigError
-from tlv.data import (
-    BadSample,
-    BadSamples,
-    FeatureCache,
-    TooManyBadSamples,
-    VideoTextDataset,
-    collate,
-    load_samples,
-    make_loader,
-)
+from tlv.data import FeatureCache, VideoTextDataset, collate, load_samples, make_loader
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +83,50 @@ def test_each_kind_of_bad_sample_is_named_with_its_reason(make, world):
         assert isinstance(item, BadSample) and words in item.reason, (words, item)
     assert dataset[0].id == "s0" and "missing.mp4" in dataset[0].reason
     assert str(world) not in dataset[0].reason  # the same text in every clone
+
+
+def test_a_long_row_is_cut_where_published_code_cuts_after_its_fusion(make, tiny):
+    model, placeholder = tiny[0], tiny[0].config.video_token_id
+    samples = [make_sample(0, "0.mp4"), make_sample(1, "1.mp4")]
+    samples[1]["conversations"][1]["value"] = "left and " * 300
+    whole = make(samples)
+    whole.config.max_seq_len, whole.config.long_rows = 10_000, "cut"
+    items = [whole[0], whole[1]]
+    assert [item["notes"] for item in items] == [[], []]
+    row = items[1]["rows"][0]
+    # Published: one id stands for the clip, its tokens take its place, and the end is cut off.
+    first, num = row["input_ids"].index(placeholder), row["input_ids"].count(placeholder)
+    with torch.no_grad():
+        tokens = model.encode_videos(items[1]["clip"][None])[0]  # (Q, D)
+        embed = model.get_input_embeddings()
+        text = [torch.tensor(row["input_ids"][i]) for i in (slice(first), slice(first + num, None))]
+        fused = torch.cat([embed(text[0]), tokens, embed(text[1])])[:256]  # (L, D)
+    wanted = model(inputs_embeds=fused[None], labels=torch.tensor([row["labels"][:256]])).loss
+    whole.config.max_seq_len = 256
+    items = [whole[0], whole[1]]
+    batch = collate(items, num_clips=2, blank=whole.blank(), pad_id=0)
+    assert batch["input_ids"].shape == (2, 256)
+    assert batch["bad"] == [BadSample("s1", f"{len(row['input_ids']) - 256} tokens beyond "
+                                      "max_seq_len = 256 are cut", is_used=True)]
+    mine = model(batch["input_ids"][1:], pixel_values_videos=batch["clips"][1:],
+                 labels=batch["labels"][1:]).loss
+    assert torch.allclose(mine, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("turns", ["packed", "separate", "isolated"])
+def test_a_cut_before_the_first_answer_leaves_a_bad_sample(turns, make):
+    dataset = make(turns=turns)
+    dataset.config.max_seq_len, dataset.config.long_rows = 20, "cut"
+    assert isinstance(dataset[0], BadSample) and not dataset[0].is_used
+    assert "no token of it is an answer among the first 20 of " in dataset[0].reason
+
+
+def test_isolated_turns_are_cut_with_all_that_belongs_to_them(make):
+    dataset = make(turns="isolated")
+    full = dataset[0]["rows"][0]
+    dataset.config.max_seq_len, dataset.config.long_rows = len(full["input_ids"]) - 3, "cut"
+    cut = dataset[0]["rows"][0]
+    assert {name: values[:-3] for name, values in full.items()} == cut and "segments" in cut
 
 
 def test_a_clip_that_hangs_the_decoder_is_a_bad_sample(make):
@@ -176,31 +210,6 @@ def test_the_cache_encodes_each_clip_once_and_gives_the_encoders_features(
     assert torch.equal(dataset[1]["clip"], expected) and len(calls) == 3
     assert "no such file" in dataset[4].reason
     assert dataset.blank()["clip"].shape == expected.shape
-
-
-# ---- too many -------------------------------------------------------------------------------
-
-
-def test_too_many_bad_samples_stop_with_examples():
-    bad = BadSamples(0.05)
-    bad.add("train", [("a", "empty file"), ("a", "empty file")])  # seen in two epochs: one sample
-    bad.check("train", 10, 1000)
-    bad.add("train", [(f"b{i}", "empty file") for i in range(5)])
-    with pytest.raises(TooManyBadSamples) as error:
-        bad.check("train", 10, 1000)
-    assert "6 bad train samples among 100" in str(error.value) and "a: empty" in str(error.value)
-    bad.check("train", 120, 1000)  # as many of more seen are within the share
-    bad.check("val", 1, 1)
-    with pytest.raises(TooManyBadSamples):
-        bad.check("train", 10_000, 100)  # never more than there are
-
-
-def test_the_list_of_bad_samples_survives_a_restart():
-    bad = BadSamples(1.0)
-    bad.add("train", [("b", "x"), ("a", "y")])
-    stored = json.loads(json.dumps(bad.as_list()))
-    assert BadSamples(1.0, stored).as_list() == bad.as_list() == [
-        {"split": "train", "id": "a", "reason": "y"}, {"split": "train", "id": "b", "reason": "x"}]
 
 
 # ---- several files in a row -----------------------------------------------------------------

@@ -12,7 +12,7 @@ from tlv.designs import (
 )
 
 CLIP, SIGLIP, DINO, MIXTURE = ENCODERS
-TINYLLAMA, STABLELM, PHI, GEMMA, QWEN_HALF, QWEN = LLMS
+TINYLLAMA, STABLELM, PHI, GEMMA, OPENELM, QWEN_HALF, QWEN = LLMS
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,8 @@ def test_totals_of_the_published_checkpoints(encoder, llm, connector, total):
 
 @pytest.mark.parametrize(
     "llm, billions",
-    [(TINYLLAMA, 1.1), (STABLELM, 1.6), (PHI, 2.8), (GEMMA, 2.5), (QWEN_HALF, 0.5), (QWEN, 3.1)],
+    [(TINYLLAMA, 1.1), (STABLELM, 1.6), (PHI, 2.8), (GEMMA, 2.5), (OPENELM, 0.5),
+     (QWEN_HALF, 0.5), (QWEN, 3.1)],  # fmt: skip
 )
 def test_llms_are_as_large_as_their_names_say(llm, billions):
     counts = count_parameters(make_design(CLIP, llm, connector_type="linear"))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from toy_tokenizer import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tlv.builders import build_model, load_model
 from tlv.chat import IGNORE_INDEX, encode, render
@@ -28,25 +28,11 @@ LLMS = {
               True),
     "qwen2": (dict(num_key_value_heads=2, tie_word_embeddings=True), "qwen2_base",
               dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>"), False),
+    "openelm": (dict(head_dim=8, num_gqa_groups=2, ffn_dim_divisor=16), "llama",
+                dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"), True),
     "gpt_neox": (dict(rotary_pct=0.5), "qwen2_chat",
                  dict(eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]), False),
 }  # fmt: skip
-
-
-def make_tokenizer(special, has_bos):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    names = [t for v in special.values() for t in (v if isinstance(v, list) else [v])]
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(dict.fromkeys(names)), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
-    if has_bos:
-        bos = special["bos_token"]
-        bpe.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
 @pytest.fixture(params=LLMS)
@@ -57,7 +43,7 @@ def kind(request):
 @pytest.fixture
 def folder(kind, tmp_path):
     fields, _, special, has_bos = LLMS[kind]
-    tokenizer = make_tokenizer(special, has_bos)
+    tokenizer = make_tokenizer(CORPUS, special, has_bos)
     torch.manual_seed(0)
     sizes = {**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
              "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -88,7 +74,7 @@ def test_its_own_head_is_kept_with_bias_and_ties(kind, folder, built, tmp_path):
     assert (head.bias is not None) == (kind == "phi")
     is_tied = head.weight is model.language_model.get_input_embeddings().weight
     assert is_tied == model.config.tie_word_embeddings
-    assert is_tied == (kind in ("gemma", "qwen2"))
+    assert is_tied == (kind in ("gemma", "qwen2", "openelm"))
     for part in built:
         part.save_pretrained(tmp_path / "whole")
     again, _ = load_model(tmp_path / "whole")
@@ -119,13 +105,13 @@ def test_answers_and_their_end_are_learnt_and_padding_is_no_text(kind, built, cl
 
 def test_pad_is_the_unknown_token_where_none_is_named(kind, built):
     tokenizer = built[1].tokenizer
-    wanted = {"llama": "<unk>", "gemma": "<pad>", "gpt_neox": "<|im_end|>"}
+    wanted = {"llama": "<unk>", "openelm": "<unk>", "gemma": "<pad>", "gpt_neox": "<|im_end|>"}
     assert tokenizer.pad_token == wanted.get(kind, "<|endoftext|>")
 
 
 def test_a_template_of_another_model_is_refused_before_anything_runs(vision_dir, tmp_path):
     fields, _, special, has_bos = LLMS["llama"]
-    tokenizer = make_tokenizer(special, has_bos)
+    tokenizer = make_tokenizer(CORPUS, special, has_bos)
     config = AutoConfig.for_model("llama", **{**SIZES, **fields, "vocab_size": len(tokenizer)})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -137,6 +123,6 @@ def test_a_template_of_another_model_is_refused_before_anything_runs(vision_dir,
 def test_a_tokenizer_with_nothing_to_pad_with_is_refused():
     from tlv.chat import prepare_tokenizer
 
-    bare = make_tokenizer(dict(additional_special_tokens=["<|im_end|>"]), False)
+    bare = make_tokenizer(CORPUS, dict(additional_special_tokens=["<|im_end|>"]), False)
     with pytest.raises(ValueError, match="no pad, unknown or end token; name one as pad_token"):
         prepare_tokenizer(bare, "qwen2_chat", "llm_dir = x")

@@ -7,8 +7,7 @@ a sample, both must agree; where it gives up, ours must still be right.
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from toy_tokenizer import make_tokenizer
 
 from tlv.chat import IGNORE_INDEX, TEMPLATES, encode, prepare_tokenizer, render
 
@@ -25,23 +24,11 @@ TOKENIZERS = {
 }
 
 
-def make_tokenizer(template):
+def tokenizer_of(template):
     special, has_bos = TOKENIZERS[template]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
     rng = np.random.default_rng(0)
     corpus = [render([(words(rng), words(rng))] * 2, template) for _ in range(50)]
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=500, special_tokens=list(dict.fromkeys(special.values())), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
-    if has_bos:
-        bos = special["bos_token"]
-        bpe.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
-        )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
-    return prepare_tokenizer(tokenizer, template)
+    return prepare_tokenizer(make_tokenizer(corpus, special, has_bos, 500), template)
 
 
 def words(rng, low=1, high=7):
@@ -83,7 +70,7 @@ def published_labels(prompt, ids, tokenizer, stop, has_bos):
 
 @pytest.mark.parametrize("template", TOKENIZERS)
 def test_masks_equal_the_published_rule(template):
-    tokenizer, (_, has_bos) = make_tokenizer(template), TOKENIZERS[template]
+    tokenizer, (_, has_bos) = tokenizer_of(template), TOKENIZERS[template]
     rng, stop, num_given_up, num_quoting = np.random.default_rng(1), TEMPLATES[template].stop, 0, 0
     for _ in range(200):
         turns = conversation(rng)

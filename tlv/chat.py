@@ -247,12 +247,12 @@ def stop_token_ids(template: str, tokenizer) -> list[int]:
     return sorted({*ends, tokenizer.eos_token_id} - {None})
 
 
-def encode(turns, template, tokenizer, num_video_tokens=None, max_seq_len=None) -> dict:
+def encode(turns, template, tokenizer, num_video_tokens=None) -> dict:
     """Turns -> {"input_ids", "labels"}, lists of equal length (L,).
 
     The one `<video>` becomes `num_video_tokens` placeholders (None: a conversation without). A
     token is learnt if it overlaps an answer, from the space before it to its end token; all others
-    are IGNORE_INDEX. Longer conversations are cut at `max_seq_len` tokens, never inside the visual.
+    are IGNORE_INDEX.
     """
     pieces, spans, start = list(_pieces(turns, get_template(template))), [], 0
     for piece, is_learnt in pieces:
@@ -270,11 +270,6 @@ def encode(turns, template, tokenizer, num_video_tokens=None, max_seq_len=None) 
         count = num_video_tokens if token == placeholder else 1
         ids += [token] * count
         labels += [token if _overlaps(place, spans) else IGNORE_INDEX] * count
-    if max_seq_len is not None and len(ids) > max_seq_len:
-        if placeholder in ids[max_seq_len:]:
-            raise ConversationError(f"{num_video_tokens} video tokens and what stands before them "
-                                    f"do not fit into max_seq_len = {max_seq_len}")
-        ids, labels = ids[:max_seq_len], labels[:max_seq_len]
     return {"input_ids": ids, "labels": labels}
 
 

@@ -47,6 +47,7 @@ TEMPLATES_OF = {  # of a language model: the first whose stop is the tokenizer's
     "stablelm": ("phi",),
     "gemma": ("gemma",),
     "llama": ("llama",),
+    "openelm": ("llama",),
 }
 LEGACY_ENCODERS = {
     **{name: name for name in ENCODERS},
@@ -120,7 +121,7 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
         num_groups=raw.get("group") or 1,
         num_resampler_layers=raw.get("num_resampler_layers") or 3,
         vision_feature_layer=raw.get(layer, -2), drop_first_patch=drops, image_mode=modes[shape],
-        max_seq_len=raw.get("tokenizer_model_max_length") or 2048,
+        max_seq_len=raw.get("tokenizer_model_max_length") or 2048, long_rows="cut",
         num_frames=16 if is_video else 1, template=template or find_template(text, tokenizer),
     )  # fmt: skip
     tokenizer = prepare_tokenizer(tokenizer, carried["template"], str(source))
@@ -161,9 +162,12 @@ def unseen_names(config: TlvConfig) -> re.Pattern:
 def match(config: TlvConfig, found: dict[str, torch.Tensor], source) -> dict[str, torch.Tensor]:
     """The weights of our model, every one accounted for. Raises ModelFolderError."""
     with torch.device("meta"):
-        wanted = TlvForConditionalGeneration(config).state_dict()
+        model = TlvForConditionalGeneration(config)
+    wanted = model.state_dict()
     weights = {rename(k): v for k, v in found.items() if not IGNORED.search(k)}
-    head, embeddings = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    head = "language_model.lm_head.weight"
+    embeddings = next(name for name, parameter in model.named_parameters()
+                      if parameter is model.get_input_embeddings().weight)
     if config.tie_word_embeddings:
         if head in weights and not torch.equal(weights[head], weights.get(embeddings)):
             raise ModelFolderError(f"{source}: its config ties the LLM's head to its embeddings, "

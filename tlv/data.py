@@ -2,18 +2,19 @@
 
 A sample that cannot be used (clip missing, undecodable or hanging; conversation that does not
 alternate; sequence too long) becomes a `BadSample`: skipped, counted and listed, never replaced.
-Nothing is cut: a sequence over max_seq_len is a bad sample. Taught in notebooks 03 and 04.
+A converted model cuts long sequences, as it was trained to; those samples are counted and listed
+too. Taught in notebooks 03 and 04.
 """
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tlv.bad_samples import BadSample
 from tlv.chat import (
     IGNORE_INDEX,
     VIDEO_TOKEN,
@@ -32,18 +33,6 @@ from tlv.positions import spread
 from tlv.selector import QueryError
 from tlv.video import VideoError
 from tlv.vision import count_patches
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that training skips, and why."""
-
-    id: str
-    reason: str
-
-
-class TooManyBadSamples(RuntimeError):
-    """More than the allowed share of the samples cannot be used."""
 
 
 def load_samples(path) -> list[dict]:
@@ -96,6 +85,7 @@ class VideoTextDataset(Dataset):
             clip = self._load(sample)
             num_frames = None if clip is None else len(clip)
             rows = self._encode(turns, num_frames)
+            cut = sum(row.pop("num_cut") for row in rows)
             if self.gap_seed is not None:
                 rows = self._spread(rows, np.random.default_rng([self.gap_seed, index]))
             keys = {} if clip is None else self._select(sample, turns)
@@ -103,7 +93,9 @@ class VideoTextDataset(Dataset):
             return BadSample(name, f"{visual_of(sample)}: {error.reason}")
         except (ConversationError, BadRow, QueryError) as error:
             return BadSample(name, str(error))
-        return {"id": name, "clip": clip, "rows": rows, **keys}
+        limit = f"{cut} tokens beyond max_seq_len = {self.config.max_seq_len} are cut"
+        notes = [BadSample(name, limit, is_used=True)] if cut else []
+        return {"id": name, "clip": clip, "rows": rows, "notes": notes, **keys}
 
     def path(self, sample) -> Path | None:
         """The sample's clip or picture; None for a sample of text alone."""
@@ -139,9 +131,7 @@ class VideoTextDataset(Dataset):
         rows = [encode(c, self.template, self.tokenizer, num_tokens) for c in conversations]
         if self.turns == "isolated":
             rows = [isolate(rows)]
-        for row in rows:
-            check_row(row, self.config.max_seq_len)
-        return rows
+        return [fit_row(row, self.config.max_seq_len, self.config.long_rows) for row in rows]
 
     def _spread(self, rows, rng) -> list[dict]:
         placeholder = video_token_id(self.tokenizer)
@@ -177,7 +167,7 @@ class VideoTextDataset(Dataset):
         keys = {}
         if self.processor.selector is not None:
             keys = {"keyframes": torch.tensor([0]), "query": torch.zeros(self.config.query_width)}
-        return {"id": "", "clip": clip, **keys,
+        return {"id": "", "clip": clip, "notes": [], **keys,
                 "rows": [{**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}]}
 
 
@@ -185,14 +175,23 @@ class BadRow(ValueError):
     """A row that cannot be trained on."""
 
 
-def check_row(row: dict, max_seq_len: int) -> None:
-    """Refuse a row that is too long (it is never cut) or supervises nothing."""
+def fit_row(row: dict, max_seq_len: int, long_rows: str) -> dict:
+    """The row with `num_cut`, the tokens that were cut off its end. Raises BadRow.
+
+    long_rows = "skip" refuses a row that is too long. "cut" is what published code does: as video
+    tokens stand in the row already, this equals cutting after the fusion. A row without an answer,
+    or without one before the cut, is refused.
+    """
     length = len(row["input_ids"])
-    if length > max_seq_len:
+    if length > max_seq_len and long_rows == "skip":
         raise BadRow(f"its sequence has {length} tokens, max_seq_len is {max_seq_len}; "
                      "split the conversation or take fewer video tokens")
+    row = {name: values[:max_seq_len] for name, values in row.items()}
     if all(label == IGNORE_INDEX for label in row["labels"]):
-        raise BadRow("no token of it is an answer; give every turn an answer")
+        where = f" among the first {max_seq_len} of {length}" if length > max_seq_len else ""
+        raise BadRow(f"no token of it is an answer{where}; give every turn an answer"
+                     + (", or take fewer video tokens" if where else ""))
+    return {**row, "num_cut": max(0, length - max_seq_len)}
 
 
 # ---- features of a frozen encoder, computed once --------------------------------------------
@@ -276,10 +275,12 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
     Returns input_ids, labels, attention_mask (R, L), or (R, 1, L, L) with position_ids (R, L)
     where turns are isolated, `clips` (num_clips, T, ...) or a list where
     lengths differ, the model's name for them (clip_key), video_index (visual rows,) and `bad`,
-    a list of BadSample; of a model with a selector also keyframes, a list of (K,), and queries.
+    a list of BadSample (skipped, or cut and used); of a model with a selector also keyframes, a
+    list of (K,), and queries.
     """
     bad = [item for item in items if isinstance(item, BadSample)]
     good = [item for item in items if not isinstance(item, BadSample)]
+    bad += [note for item in good for note in item["notes"]]
     num_visual = sum(item["clip"] is not None for item in good)
     good += [blank] * (num_clips - num_visual)
     rows, clips, video_index = [], [], []
@@ -316,34 +317,3 @@ def make_loader(dataset, batches, micro_batch_size: int, num_workers: int) -> Da
         generator=torch.Generator().manual_seed(0),  # leave the global one alone
         multiprocessing_context="fork" if num_workers else None,
     )
-
-
-class BadSamples:
-    """The distinct bad samples of a run, and the stop when they are too many."""
-
-    SMALL = 100  # the share counts from this many samples on, so that one early one does not stop
-
-    def __init__(self, max_share: float, found=()):
-        self.max_share = max_share
-        self.found = {(f["split"], f["id"]): f["reason"] for f in found}
-
-    def add(self, split: str, bad) -> None:
-        """bad: (id, reason) pairs."""
-        for name, reason in bad:
-            self.found.setdefault((split, name), reason)
-
-    def as_list(self) -> list[dict]:
-        """What report.json lists."""
-        return [{"split": split, "id": name, "reason": reason}
-                for (split, name), reason in sorted(self.found.items())]
-
-    def check(self, split: str, num_seen: int, num_samples: int) -> None:
-        """Raise TooManyBadSamples when their share of what was seen exceeds the limit."""
-        bad = [(name, why) for (where, name), why in self.found.items() if where == split]
-        seen = max(min(num_seen, num_samples), min(num_samples, self.SMALL))
-        if len(bad) > self.max_share * seen:
-            examples = "\n".join(f"  {name}: {why}" for name, why in bad[:5])
-            raise TooManyBadSamples(
-                f"{len(bad)} bad {split} samples among {seen}: more than max_bad_share = "
-                f"{self.max_share:g}. Filter the manifest (notebook 01) or raise the limit. "
-                f"The first ones:\n{examples}")

@@ -50,6 +50,9 @@ LLMS = {
         num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256,
         max_position_embeddings=8192,
     ),
+    "apple/OpenELM-450M-Instruct": dict(
+        model_type="openelm", num_transformer_layers=20, model_dim=1536, head_dim=64,
+    ),
     "Qwen/Qwen2-0.5B": dict(
         model_type="qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864,
         num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6,

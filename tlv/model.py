@@ -21,6 +21,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+import tlv.openelm  # noqa: F401  the Auto classes know it from here on
 from tlv.chat import get_template
 from tlv.connectors import build_connector
 from tlv.processor import TlvProcessor
@@ -68,6 +69,7 @@ class TlvConfig(PreTrainedConfig):
     max_frames: int = 64
     image_mode: str = "square"  # how a frame becomes a square: "square", "pad" or "crop"
     max_seq_len: int = 3072  # tokens of a training row, video tokens included
+    long_rows: str = "skip"  # a row beyond it is left out; or "cut" at its end, as published
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -75,6 +77,8 @@ class TlvConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.initializer_range = getattr(self.text_config, "initializer_range", 0.02)
         get_template(self.template)
+        if self.long_rows not in ("skip", "cut"):
+            raise ValueError(f"long_rows = {self.long_rows!r} must be 'skip' or 'cut'")
         if self.connector_type == "vilamp" and self.sampling != "fps":
             raise ValueError(f"connector_type 'vilamp' with sampling = {self.sampling!r}: it reads "
                              "clips of any length; take 'fps', with fps and max_frames (the cap)")

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+import tlv.openelm  # noqa: F401  the Auto classes know it from here on
+
 
 class ModelFolderError(ValueError):
     """A folder that is not the model it should be: names it, what is wrong, what would be right."""

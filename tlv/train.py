@@ -19,15 +19,10 @@ from pathlib import Path
 import torch
 
 from tlv import checkpoint, lora
+from tlv.bad_samples import BadSamples
 from tlv.builders import load_model
 from tlv.config import ConfigError, TrainConfig, as_dict, build, load_json, resolve
-from tlv.data import (
-    BadSamples,
-    FeatureCache,
-    VideoTextDataset,
-    load_samples,
-    make_loader,
-)
+from tlv.data import FeatureCache, VideoTextDataset, load_samples, make_loader
 from tlv.files import write_json
 from tlv.order import group_alike, rank_batches, sample_key, sample_stream
 from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
@@ -153,7 +148,8 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
         write_json(out_dir / "report.json", {
             "fingerprint": mark, "num_steps": num_steps, "global_batch_size": global_batch,
             "num_ranks": ranks.world_size, "num_samples": len(samples),
-            "trained_parameters": counts, "num_bad": len(bad.found), "bad_samples": bad.as_list(),
+            "trained_parameters": counts, "num_bad": bad.count(is_used=False),
+            "num_cut": bad.count(is_used=True), "bad_samples": bad.as_list(),
             "loss": log.last("loss"), "val_loss": log.last("val_loss")})
         shutil.rmtree(root / mark, ignore_errors=True)
     say(f"finished {num_steps} steps: {out_dir / 'checkpoint'}", ranks.is_first)
@@ -187,7 +183,7 @@ def answer_nll(engine, batch: dict, device) -> torch.Tensor:
 
 def count_answers(micro_batches, split: str, bad: BadSamples, ranks: Ranks) -> int:
     """Answer tokens of the micro-batches of all ranks; their bad samples are noted on each."""
-    mine = [(b.id, b.reason) for batch in micro_batches for b in batch["bad"]]
+    mine = [sample for batch in micro_batches for sample in batch["bad"]]
     # The first token of a row is never predicted.
     num = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
     num_tokens, num_bad = ranks.sum(num, len(mine))

@@ -1,0 +1,41 @@
+"""What a run notes of samples that it skips or cuts, and when it stops."""
+
+import json
+
+import pytest
+
+from tlv.bad_samples import BadSample, BadSamples, TooManyBadSamples
+
+
+def test_too_many_bad_samples_stop_with_examples():
+    bad = BadSamples(0.05)
+    bad.add("train", [BadSample("a", "empty file")] * 2)  # seen in two epochs: one sample
+    bad.check("train", 10, 1000)
+    bad.add("train", [BadSample(f"b{i}", "empty file") for i in range(5)])
+    with pytest.raises(TooManyBadSamples) as error:
+        bad.check("train", 10, 1000)
+    assert "6 bad train samples among 100" in str(error.value)
+    assert "a: empty" in str(error.value)
+    bad.check("train", 120, 1000)  # as many of more seen are within the share
+    bad.check("val", 1, 1)
+    with pytest.raises(TooManyBadSamples):
+        bad.check("train", 10_000, 100)  # never more than there are
+
+
+def test_samples_that_are_cut_are_counted_apart_and_do_not_stop():
+    bad = BadSamples(0.0)
+    bad.add("train", [BadSample(f"a{i}", "9 tokens are cut", is_used=True) for i in range(5)])
+    bad.check("train", 10, 1000)
+    assert (bad.count(is_used=True), bad.count(is_used=False)) == (5, 0)
+    bad.add("train", [BadSample("b", "empty file")])
+    with pytest.raises(TooManyBadSamples, match="1 bad train samples"):
+        bad.check("train", 10, 1000)
+
+
+def test_the_list_of_bad_samples_survives_a_restart():
+    bad = BadSamples(1.0)
+    bad.add("train", [BadSample("b", "x"), BadSample("a", "y", is_used=True)])
+    stored = json.loads(json.dumps(bad.as_list()))
+    assert BadSamples(1.0, stored).as_list() == bad.as_list() == [
+        {"split": "train", "id": "a", "reason": "y", "is_used": True},
+        {"split": "train", "id": "b", "reason": "x", "is_used": False}]
