@@ -5,6 +5,7 @@ every time and returns the figure. In a notebook, end a cell with either call: t
 """
 
 import os
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib
@@ -15,16 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 # The Okabe-Ito colours: told apart by colour-blind readers and in grey print.
-PALETTE = {
-    "vision": "#0072B2",
-    "connector": "#D55E00",
-    "llm": "#009E73",
-    "text": "#CC79A7",
-}
+PALETTE = {"vision": "#0072B2", "connector": "#D55E00", "llm": "#009E73", "text": "#CC79A7"}
 INK, MUTED, FAINT, GOOD, BAD = "#222222", "#8A8A8A", "#E6E6E6", "#009E73", "#C0392B"
 SEQUENTIAL = "cividis"  # the one map for amounts
-STEPS = ["world", "filtering", "architecture", "pretraining", "SFT", "evaluation",
-         "long video"]
+STEPS = ["world", "filtering", "architecture", "pretraining", "SFT", "evaluation", "long video"]
 
 STYLE = {
     "figure.dpi": 80,
@@ -185,17 +180,14 @@ def token_mask(tokens, supervised, title="", columns=72) -> Figure:
 
 def _tiles(tokens, supervised) -> list[tuple[str, str]]:
     """Merge runs of `<video>`; show a space as an open box and a line break as an arrow."""
-    tiles, run = [], 0
-    for token, is_supervised in zip(tokens, supervised, strict=True):
-        if token == "<video>":
-            run += 1
-            continue
-        if run:
-            tiles.append((f"<video> x {run}", "video"))
-            run = 0
-        shown = token.replace("\n", "↵").replace(" ", "␣")
-        tiles.append((shown, "answer" if is_supervised else "context"))
-    return tiles + ([(f"<video> x {run}", "video")] if run else [])
+    tiles, pairs = [], zip(tokens, supervised, strict=True)
+    for is_video, run in groupby(pairs, key=lambda pair: pair[0] == "<video>"):
+        if is_video:
+            tiles.append((f"<video> x {len(list(run))}", "video"))
+        else:
+            tiles += [(token.replace("\n", "↵").replace(" ", "␣"),
+                       "answer" if is_learnt else "context") for token, is_learnt in run]
+    return tiles
 
 
 # ---- curves and bars ------------------------------------------------------------------------
