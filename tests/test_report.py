@@ -17,6 +17,8 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     folders = [tmp_path / f"outputs/tiny/{side}05_evaluation" for side in ("", "image/")]
     metrics = {"accuracy/free": 0.8125, "accuracy/choice": 0.9, "accuracy/unseen_pairs": 0.5,
                "accuracy/type/order": 0.75, "baseline/type/order": 0.25, "num_questions": 900,
+               "accuracy/type/order/free": 0.7, "baseline/type/order/free": 0.1,
+               "accuracy/type/order/choice": 0.8, "baseline/type/order/choice": 0.4,
                "seed": 0, "other/type/order": 0.5}  # fmt: skip
     scores = [key for key in metrics if key.startswith("accuracy/")]
     metrics |= {f"{key}/low": metrics[key] - 0.05 for key in scores}
@@ -49,9 +51,10 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     )
     assert report.main(["readme"]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert "| free-form | 81.2% | 76.2% to 86.2% | | |" in text
-    assert "| order | 75.0% | 70.0% to 80.0% | 25.0% | 50.0% |" in text
-    assert "| image model on pictures: free-form | 81.2% | 76.2% to 86.2% | | |" in text
+    assert "| free-form | 81.2% | 76.2% to 86.2% |" in text
+    order = "70.0% (65% to 75%) | 10.0% | 80.0% (75% to 85%) | 40.0% | 50.0%"
+    assert f"| order | {order} |" in text
+    assert "| image model on pictures: free-form | 81.2% | 76.2% to 86.2% |" in text
     assert "| 03_pretraining | 2.0 min | 2.0 GiB |" in text
     assert "| **the video model** | **2.5 min** | **2.0 GiB** |" in text and "old" not in text
     assert "| image_04_sft | 45 s | 1.0 GiB |" in text

@@ -16,6 +16,7 @@ import numpy as np
 from tlv.answering import Answer
 
 CONDITIONS = ("video", "blind", "other clip", "majority")  # the model, then the three baselines
+FORMS = ("free", "choice")
 LETTERS = string.ascii_uppercase
 
 
@@ -182,12 +183,18 @@ def confusion(records: list[dict], question_type: str) -> tuple[list[str], np.nd
     return labels, counts
 
 
+def _of_kind(kind: str, form: str | None = None):
+    """Is a record of this type, and of this form?"""
+    return lambda record: record["type"] == kind and form in (None, record["form"])
+
+
 def summarise(records: list[dict], seed: int) -> dict[str, float | int]:
     """The flat metrics of an evaluation from the records of all CONDITIONS.
 
-    accuracy/<part> with /low and /high for free, choice, unseen_pairs and type/<type>;
-    baseline/type/<type> is the best of the three baselines, with each beside it. Clips with a
-    shape-colour pair that no training clip shows are scored apart: they are in unseen_pairs alone.
+    accuracy/<part> with /low and /high for free, choice, unseen_pairs, type/<type> (both forms
+    together) and type/<type>/<form>; baseline/type/... is the best of the three baselines, with
+    each beside it. Clips with a shape-colour pair that no training clip shows are scored apart:
+    they are in unseen_pairs alone.
     """
     by = defaultdict(list)
     for record in records:
@@ -202,18 +209,21 @@ def summarise(records: list[dict], seed: int) -> dict[str, float | int]:
         "unseen_pairs": [r for r in by["video"] if r["unseen_pair"]],
     }
     types = sorted({r["type"] for r in own})
-    parts |= {f"type/{kind}": [r for r in own if r["type"] == kind] for kind in types}
+    kinds = {f"type/{kind}": _of_kind(kind) for kind in types}
+    kinds |= {f"type/{kind}/{form}": _of_kind(kind, form) for kind in types for form in FORMS}
+    parts |= {name: list(filter(is_kind, own)) for name, is_kind in kinds.items()}
     metrics = {}
     for name, rows in parts.items():
         if rows:
             metrics |= {f"accuracy/{name}{end}": round(v, 6) for end, v in accuracy(rows).items()}
-    for kind in types:
-        for name in CONDITIONS[1:]:
-            rows = [r for r in seen[name] if r["type"] == kind]
-            key = f"baseline/{name.replace(' ', '_')}/{kind}"
+    for name, is_kind in kinds.items():
+        if not parts[name]:
+            continue
+        for condition in CONDITIONS[1:]:
+            rows = list(filter(is_kind, seen[condition]))
+            key = f"baseline/{condition.replace(' ', '_')}/{name.removeprefix('type/')}"
             metrics[key] = round(sum(r["correct"] for r in rows) / len(rows), 6)
-        best = max(metrics[f"baseline/{name.replace(' ', '_')}/{kind}"] for name in CONDITIONS[1:])
-        metrics[f"baseline/type/{kind}"] = best
+            metrics[f"baseline/{name}"] = max(metrics.get(f"baseline/{name}", 0.0), metrics[key])
     choice = [r for r in by["video"] if r["form"] == "choice"]
     unparsed = sum(not r["filtered_resps"][0] for r in choice) / max(1, len(choice))
     metrics |= {"unparsed_rate": round(unparsed, 6), "num_questions": len(by["video"])}

@@ -82,11 +82,11 @@ def ask(scene: Scene, rng: np.random.Generator, pairs=SEEN_PAIRS) -> list[Questi
     """Every kind of question that this scene allows, in a fixed order of kinds.
 
     One of each, but two of place (at the start, at the end) and of existence (there, not there).
-    `pairs` are the shape-colour pairs that the absent object may have.
+    `pairs` are the shape-colour pairs that absent objects may have.
     """
-    kinds = (_colour, _shape, _size, _start, _end, _direction, _order, _count, _presence)
+    kinds = (_colour, _shape, _size, _start, _end, _direction, _count, _presence)
     found = [make(scene, rng) for make in kinds]
-    found.append(_absence(scene, rng, pairs))
+    found += [_order(scene, rng, pairs), _absence(scene, rng, pairs)]
     return [question for question in found if question]
 
 
@@ -273,12 +273,15 @@ def _direction(scene, rng):
         return Question("direction", text, thing.direction, tuple(DIRECTIONS))
 
 
-def _order(scene, rng):
+def _order(scene, rng, pairs):
+    """Absent objects are options too: else two names would be half the answer."""
     if scene.events:
         first = scene.events[0]
         text = f"Which object {first.kind} first?"
-        names = tuple(thing.name for thing in scene.things)
-        return Question("order", text, names[first.thing], names)
+        names = [thing.name for thing in scene.things]
+        near = [" ".join(pair) for pair in _near(scene, pairs)]
+        absent = [near[i] for i in rng.permutation(len(near))[: len(LETTERS) - len(names)]]
+        return Question("order", text, names[first.thing], (*names, *absent))
 
 
 def _count(scene, rng):
@@ -290,11 +293,14 @@ def _presence(scene, rng):
     return _existence(*_pick(rng, scene.things).pair, "yes")
 
 
-def _absence(scene, rng, pairs):
-    """The absent object shares its colour or its shape with one that is there."""
+def _near(scene, pairs) -> list:
+    """Pairs that are not there, but share their colour or their shape with one that is."""
     shown = scene.pairs()
-    near = [p for p in pairs if p not in shown and any(p[0] == c or p[1] == s for c, s in shown)]
-    return _existence(*_pick(rng, near), "no")
+    return [p for p in pairs if p not in shown and any(p[0] == c or p[1] == s for c, s in shown)]
+
+
+def _absence(scene, rng, pairs):
+    return _existence(*_pick(rng, _near(scene, pairs)), "no")
 
 
 def _existence(colour, shape, answer):

@@ -12,6 +12,7 @@ from tlv import ROOT
 from tlv.committed import WAYS, grid_table
 from tlv.committed import metrics as metrics_of
 from tlv.costs import duration, read_costs
+from tlv.evaluate import FORMS
 from tlv.files import write_text
 
 BASELINE = "baseline/type/"
@@ -44,21 +45,24 @@ def cost_table(preset: str) -> str:
 
 
 def result_table(preset: str) -> str:
-    """Held-out accuracy by question type beside the best baseline, from 05's metrics.json."""
+    """Held-out accuracy, then by question type and form beside the best baseline, from 05."""
     metrics, pictures = (metrics_of(f"{preset}{side}", "05_evaluation") for side in ("", "/image"))
     if not metrics:
         return f"No evaluated run of the preset `{preset}` yet."
-    rows = ["| questions | accuracy | 95% interval | best baseline | image model |",
-            "|---|---|---|---|---|"]  # fmt: skip
-    for label, key in PARTS:
-        rows.append(f"| {label} | {_with_interval(metrics, key)} | | |")
-    for kind in sorted(k.removeprefix(BASELINE) for k in metrics if k.startswith(BASELINE)):
-        score = _with_interval(metrics, f"accuracy/type/{kind}")
-        other = metrics.get(f"other/type/{kind}")
-        cells = [f"{metrics[BASELINE + kind]:.1%}", "" if other is None else f"{other:.1%}"]
-        rows.append(f"| {kind} | {score} | {' | '.join(cells)} |")
+    rows = ["| questions | accuracy | 95% interval |", "|---|---|---|"]
+    rows += [f"| {label} | {_with_interval(metrics, key)} |" for label, key in PARTS]
     for label, key in PARTS if pictures else ():
-        rows.append(f"| image model on pictures: {label} | {_with_interval(pictures, key)} | | |")
+        rows.append(f"| image model on pictures: {label} | {_with_interval(pictures, key)} |")
+    rows += ["", "| type | free-form | best baseline | multiple choice | best baseline | "
+             "image model, both forms |", "|---|---|---|---|---|---|"]  # fmt: skip
+    kinds = {key.split("/")[2] for key in metrics if key.startswith(BASELINE)}
+    for kind in sorted(kinds):
+        cells = [kind]
+        for form in FORMS:
+            cells += [_interval_behind(metrics, f"accuracy/type/{kind}/{form}"),
+                      f"{metrics[f'{BASELINE}{kind}/{form}']:.1%}"]  # fmt: skip
+        other = metrics.get(f"other/type/{kind}")
+        rows.append(f"| {' | '.join([*cells, '' if other is None else f'{other:.1%}'])} |")
     rows.append(f"\n{metrics['num_questions']} questions about clips, seed {metrics['seed']}.")
     return "\n".join(rows)
 
@@ -84,6 +88,10 @@ def long_table(preset: str) -> str:
 def _with_interval(metrics: dict, key: str) -> str:
     low, high = metrics[f"{key}/low"], metrics[f"{key}/high"]
     return f"{metrics[key]:.1%} | {low:.1%} to {high:.1%}"
+
+
+def _interval_behind(metrics: dict, key: str) -> str:
+    return f"{metrics[key]:.1%} ({metrics[f'{key}/low']:.0%} to {metrics[f'{key}/high']:.0%})"
 
 
 def fill(text: str, name: str, table: str) -> str:
