@@ -25,7 +25,7 @@ repro: venv ## run the pipeline, raw clips to evaluated model; only what changed
 	dvc repro
 
 test: venv ## run all tests: units, golden values, notebooks, a small pipeline in a clone
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 long: venv ## notebook 06 on the whole grid: all selections and mergings, clips to 10,000 frames
 	python -m tlv.stage run 06_long_video --preset tiny/long

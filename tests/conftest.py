@@ -24,6 +24,14 @@ CORPUS = [
 ]
 
 
+LONG = ("test_notebooks.py", "test_pipeline.py", "test_train.py")  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer of 320 tokens with <|endoftext|>, ChatML's tokens and <video>."""

@@ -3,16 +3,22 @@
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from toy_tokenizer import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tlv.chat import (
     IGNORE_INDEX,
     TEMPLATES,
     ConversationError,
+    check_stop,
+    derive_template,
     encode,
+    get_template,
     parse_conversation,
+    prepare_tokenizer,
     query_of,
     render,
+    resolve_template,
     stop_token_ids,
     to_jinja,
     with_video,
@@ -137,6 +143,198 @@ def test_visuals_and_counts_must_agree(bytes_tokenizer):
         render([("a", None), ("b", "c")], "qwen2_base")
     with pytest.raises(ValueError, match="'vicuna' is unknown; known are .*qwen2_base"):
         render(TURNS, "vicuna")
+
+
+def test_the_string_of_qwen2_chat_in_full():
+    assert render(TURNS, "qwen2_chat") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<video>\nWhat is he doing?<|im_end|>\n"
+        "<|im_start|>assistant\nRunning.<|im_end|>\n"
+        "<|im_start|>user\nWhere?<|im_end|>\n"
+        "<|im_start|>assistant\nIn a park.<|im_end|>\n"
+    )
+    assert render([TURNS[0], ("Where?", None)], "qwen2_chat") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<video>\nWhat is he doing?<|im_end|>\n"
+        "<|im_start|>assistant\nRunning.<|im_end|>\n"
+        "<|im_start|>user\nWhere?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+# ---- the tokenizer's own template -----------------------------------------------------------
+
+CHATML = (  # as Qwen2.5's tokenizers hold it, without the branches for tools
+    "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
+    "{%- else %}\n"
+    "    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n"
+    "{%- endif %}\n"
+    "{%- for message in messages %}\n"
+    "    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
+)
+ZEPHYR = (
+    "{% for message in messages %}\n"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token }}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+    "{% endfor %}"
+)
+LLAMA_2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+PHI_3 = (  # an end token behind the whole conversation
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] "
+    "+ '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+BRACES = "{{ '{q} {a} {0} {} {{ x }} {% y %}\n' }}" + ZEPHYR  # a system text that looks like code
+LLAMA_TOKENS = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+GEMMA_TOKENS = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+                    additional_special_tokens=["<start_of_turn>", "<end_of_turn>"])  # fmt: skip
+PHI_TOKENS = dict(eos_token="<|endoftext|>", additional_special_tokens=["<|end|>"])
+OWN = {  # chat template, special tokens, BOS in front; what is learnt of an answer "x", and after
+    "zephyr": (ZEPHYR, LLAMA_TOKENS, True, "x</s>", "\n"),
+    "llama_2": (LLAMA_2, LLAMA_TOKENS, True, " x </s>", ""),
+    "llama_2, no BOS added": (LLAMA_2, LLAMA_TOKENS, False, " x </s>", ""),
+    "gemma": (GEMMA, GEMMA_TOKENS, True, "x<end_of_turn>", "\n"),
+    "gemma, no BOS added": (GEMMA, GEMMA_TOKENS, False, "x<end_of_turn>", "\n"),
+    "phi_3": (PHI_3, PHI_TOKENS, False, "x<|end|>", "\n"),
+    "braces": (BRACES, LLAMA_TOKENS, True, "x</s>", "\n"),
+}
+
+
+def own_tokenizer(chat_template, special, has_bos):
+    tokenizer = make_tokenizer(["What is he doing? Running. In a park."], special, has_bos)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def test_an_own_chatml_is_the_built_in_one(tokenizer):
+    """Strings, ids and label masks; also through what the processor keeps as its chat template."""
+    chatml = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "<video>"],
+        chat_template=CHATML,
+    )  # fmt: skip
+    own = resolve_template("own", chatml)
+    assert get_template(own) == TEMPLATES["qwen2_chat"]
+    assert resolve_template("qwen2_chat", chatml) == "qwen2_chat"
+    for turns in (TURNS[:1], TURNS, [TURNS[0], ("Where?", None)]):
+        assert render(turns, own) == render(turns, "qwen2_chat")
+        assert encode(turns, own, chatml, 3) == encode(turns, "qwen2_chat", chatml, 3)
+    assert to_jinja(own) == to_jinja("qwen2_chat")
+    assert stop_token_ids(own, chatml) == [chatml.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_an_own_template_writes_what_the_tokenizers_writes(case):
+    """One to three turns, answered and open; every BOS once; learnt is the answer with its stop."""
+    chat_template, special, has_bos, learns, after = OWN[case]
+    tokenizer = own_tokenizer(chat_template, special, has_bos)
+    own = resolve_template("own", tokenizer)
+    prepare_tokenizer(tokenizer, own)
+    assert (own["answer"], own["after"]) == (learns.replace("x", "{a}"), after)
+    writes_bos = "bos_token" in chat_template
+    bos = tokenizer.bos_token if has_bos and writes_bos else ""  # left to the tokenizer
+    first = [tokenizer.bos_token_id] * (has_bos and not writes_bos)
+    jinja = ImmutableSandboxedEnvironment().from_string(to_jinja(own))
+    three = [("What is {he} doing?", "Running."), ("Where?", "In {a} {{ park }}."), ("So?", "3")]
+    for count in (1, 2, 3):
+        for last in (three[count - 1], (three[count - 1][0], None)):
+            turns = [*three[: count - 1], last]
+            said = [{"role": r, "content": text} for turn in turns
+                    for r, text in zip(("user", "assistant"), turn, strict=True) if text]
+            theirs = tokenizer.apply_chat_template(
+                said, tokenize=False, add_generation_prompt=last[1] is None
+            )
+            if case == "phi_3" and last[1]:
+                theirs = theirs.removesuffix("<|endoftext|>")
+            assert bos + render(turns, own) == theirs
+            assert jinja.render(messages=said) == render(turns, own)
+            row = encode(turns, own, tokenizer)
+            assert row["input_ids"] == first + tokenizer(theirs, add_special_tokens=False).input_ids
+            wanted = "".join(learns.replace("x", answer) for _, answer in turns if answer)
+            assert learnt(row, tokenizer) == wanted
+    seen = encode([("<video>\nWhere?", "Here.")], own, tokenizer, 4)
+    assert learnt(seen, tokenizer) == learns.replace("x", "Here.")
+    stop = tokenizer.convert_tokens_to_ids(own["stop"])
+    assert stop_token_ids(own, tokenizer) == sorted({stop, tokenizer.eos_token_id})
+
+
+COUNTING = LLAMA_2.replace("[INST] '", "[INST] ' + loop.index ~ '. '")
+SHOUTING = "{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}"
+ENDLESS = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
+THINKING = ZEPHYR + "{% if add_generation_prompt %}{{ '\n<think>\n' }}{% endif %}"
+PICKY = "{{ raise_exception('a system message must come first') }}"
+
+
+@pytest.mark.parametrize("chat_template, why", [
+    (None, "there is none"),
+    (PICKY, "it fails: a system message must come first"),
+    (SHOUTING, "does not show the words of each turn once and in their order"),
+    (COUNTING, "how it writes a turn depends on where the turn stands"),
+    (THINKING, "it asks for an answer with .*<think>.* and shows one after "),
+    (ENDLESS, "no special token ends an answer .*'.n'.* learn to stop"),
+])  # fmt: skip
+def test_an_own_template_that_does_not_fit_says_why(chat_template, why):
+    tokenizer = own_tokenizer(chat_template, LLAMA_TOKENS, False)
+    with pytest.raises(ValueError, match=f"(?s)'own' .*of here, but .*{why}.*; take one of plain"):
+        derive_template(tokenizer, "here")
+
+
+def test_a_template_that_is_not_read_yet_or_not_whole_is_refused():
+    with pytest.raises(ValueError, match="'own' has to be read from a tokenizer: .*build_model"):
+        render(TURNS, "own")
+    with pytest.raises(ValueError, match="must hold the fields system, prompt.*'system'"):
+        get_template({"prompt": "{q}", "answer": "{a}", "stop": "</s>"})
+    with pytest.raises(ValueError, match="'q' must hold {q} once in a template; it holds it 0"):
+        get_template({"system": "", "prompt": "q", "answer": "{a}", "stop": "</s>"})
+
+
+# ---- ends -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template, end, fitting", [
+    ("qwen2_base", "<|im_end|>", "qwen2_instruct or qwen2_chat"),
+    ("phi", "<|im_end|>", "qwen2_instruct or qwen2_chat"),
+    ("qwen2_instruct", "<|endoftext|>", "plain or phi or qwen2_base"),
+    ("llama", "<|endoftext|>", "plain or phi or qwen2_base"),
+])  # fmt: skip
+def test_a_template_with_another_end_than_the_tokenizers_is_refused(template, end, fitting):
+    stop = TEMPLATES[template].stop
+    tokenizer = make_tokenizer(["x"], dict(eos_token=end, additional_special_tokens=[stop]), False)
+    message = (f"template '{template}' ends an answer with '{stop}', which is not the end token to "
+               f"the tokenizer of here; its own end token is '{end}', that of template {fitting}. "
+               f"If '{stop}' is right, name it as eos_token in its tokenizer_config.json")
+    with pytest.raises(ValueError) as caught:
+        check_stop(template, tokenizer, "here")
+    assert str(caught.value) == message
+    tokenizer.eos_token = stop
+    check_stop(template, tokenizer)
+
+
+@pytest.mark.parametrize("template, end", [
+    ("qwen2_chat", "<|endoftext|>"),  # ChatML on a base model: its turns end as they are written
+    ("qwen2_chat", "</s>"), ("plain", "<|im_end|>"), ("pretrain", "<|im_end|>"),
+    ("qwen2_base", "<|extra|>"),  # nothing here would be better
+])  # fmt: skip
+def test_an_end_that_is_the_templates_own_goes_with_every_tokenizer(template, end):
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    tokenizer = make_tokenizer(["x"], dict(eos_token=end, additional_special_tokens=special), False)
+    check_stop(template, tokenizer)
+    stops = stop_token_ids(template, tokenizer)
+    wanted = [tokenizer.eos_token_id, *tokenizer(TEMPLATES[template].stop).input_ids]
+    assert stops == sorted(set(wanted))
 
 
 def test_stop_tokens(tokenizer):

@@ -1,7 +1,10 @@
 """Published checkpoints: every layout, from names typed out from the published lists."""
 
+import hashlib
 import json
 import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +14,11 @@ from transformers import AutoTokenizer
 
 from tlv.builders import load_model
 from tlv.chat import render
-from tlv.convert import convert, main, unseen_names
-from tlv.designs import paper_config
+from tlv.convert import convert, main, translate_config, unseen_names
+from tlv.designs import count_parameters, count_tokens, paper_config
 from tlv.model import TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
-from tlv.published import rename
+from tlv.published import LEGACY_LLMS, rename
 
 D, D_V, V, HIDDEN = 32, 24, 320, 48  # widths of LLM and encoder, vocabulary, encoder's MLP
 LLM_LAYERS, VISION_LAYERS = 2, 3
@@ -192,6 +195,39 @@ def test_a_pickle_of_code_is_not_run(write, tmp_path):
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_code_in_a_published_folder_is_not_run(is_known, write, tmp_path, monkeypatch):
+    """TinyLLaVA Factory's folders hold configuration.py and modeling_tinyllava_*.py."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    auto_map = {"AutoConfig": "configuration.TinyLlavaConfig", "AutoModel": "modeling.TinyLlava",
+                "AutoModelForCausalLM": "modeling.TinyLlava"}  # fmt: skip
+    vision = VISION | {"auto_map": auto_map} | ({} if is_known else {"model_type": "trap"})
+    source = write(make_weights(), auto_map=auto_map, text_config=TEXT | {"auto_map": auto_map},
+                   vision_config=vision)  # fmt: skip
+    for name in ("configuration.py", "modeling.py"):
+        (source / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit\n")
+    if is_known:
+        convert(source, tmp_path / "out")
+        load_model(tmp_path / "out")
+        assert "auto_map" not in (tmp_path / "out/config.json").read_text()
+    else:
+        with pytest.raises(ModelFolderError, match="published: vision_config .*'trap'"):
+            convert(source, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_published_tokenizer_is_not_run(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    source = write(make_weights())
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Trap", "auto_map": {"AutoTokenizer": ["trap.Trap", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelFolderError, match="published: .*code from a model folder is not run"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
 def write_parts(folder, weights, suffix=""):
     """The three folders of a pretraining run; `suffix` as LoRA output names its matrices."""
     for part, prefix in (("language_model", "language_model."),
@@ -237,20 +273,156 @@ def test_lora_output_is_merged(is_tied, write, tmp_path):
     assert torch.equal(state[k], weights[k])
 
 
-def test_a_legacy_checkpoint_without_its_last_encoder_layer(write, tmp_path, vision_dir, tokenizer):
-    """729 tokens, its own LLM head with a bias; block 26, final norm and head are not there."""
-    shapes = {"model.embed_tokens.weight": (V, D), "model.final_layernorm.weight": (D,),
-              "model.final_layernorm.bias": (D,), "lm_head.weight": (V, D), "lm_head.bias": (V,)}
-    for name in ("q_proj", "k_proj", "v_proj", "dense"):
-        shapes |= {f"model.layers.0.self_attn.{name}.weight": (D, D),
-                   f"model.layers.0.self_attn.{name}.bias": (D,)}  # fmt: skip
-    shapes |= {"model.layers.0.mlp.fc1.weight": (64, D), "model.layers.0.mlp.fc1.bias": (64,),
-               "model.layers.0.mlp.fc2.weight": (D, 64), "model.layers.0.mlp.fc2.bias": (D,),
-               "model.layers.0.input_layernorm.weight": (D,),
-               "model.layers.0.input_layernorm.bias": (D,)}  # fmt: skip
+Q = "base_model.model.language_model.model.layers.1.self_attn.q_proj"
+PAIR = {f"{Q}.lora_A.weight": torch.ones(2, D), f"{Q}.lora_B.weight": torch.ones(D, 2)}
+HEAD = "base_model.model.language_model.lm_head"
+
+
+@pytest.mark.parametrize(
+    "adapter, settings, message",
+    [
+        (PAIR | {f"{HEAD}.weight": torch.ones(V, D)}, {}, "holds .*lm_head.weight, which is no Lo"),
+        (PAIR | {f"{Q}.lora_magnitude_vector": torch.ones(D)}, {}, "lora_magnitude_vector, which"),
+        (PAIR | {f"{Q}.lora_embedding_A": torch.ones(2, D)}, {}, "lora_embedding_A, which is no L"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, D)}, {}, "q_proj.lora_A.weight but not .*lora_B.wei"),
+        ({f"{Q}.lora_B.weight": torch.ones(D, 2)}, {}, "q_proj.lora_B.weight but not .*lora_A.wei"),
+        ({k.replace("q_proj", "x"): t for k, t in PAIR.items()}, {}, "attn.x.weight has no matrix"),
+        (PAIR | {f"{Q}.lora_B.weight": torch.ones(V, 2)}, {}, r"is \(320, 32\) and its matrix"),
+        (PAIR, {"use_dora": True}, "asks for use_dora; plain LoRA"),
+        (PAIR, {"alpha_pattern": {"q_proj": 4}}, "asks for alpha_pattern; plain LoRA"),
+        (PAIR, {"r": None}, "lacks r or lora_alpha"),
+    ],
+)
+def test_all_of_an_adapter_is_used_or_none(adapter, settings, message, write, tmp_path):
+    source = write(None, connector_type="mlp2x_gelu")
+    write_parts(source, make_weights(MLP), "base_layer")
+    save_file(adapter, source / "adapter_model.safetensors")
+    (source / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8} | settings))
+    with pytest.raises(ModelFolderError, match=message):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, shapes, ours, tokens",
+    [
+        ("linear", {"weight": (D, D_V), "bias": (D,)}, "connector.layers.0.", 15),
+        ("resampler", resampler_shapes(8), "connector.", 8),
+    ],
+)
+def test_other_connectors_of_image_models(name, shapes, ours, tokens, write, tmp_path, clip_frames):
+    weights = make_weights(shapes)
+    source = write(weights, connector_type=name, group=None)
+    config = convert(source, tmp_path / "out")
+    assert (config.connector_type, config.num_frames) == (name, 1)
+    model, processor = load_model(tmp_path / "out")
+    assert processor.num_tokens(1) == tokens
+    state = model.state_dict()
+    assert {n for n in state if n.startswith("connector.")} == {ours + n for n in shapes}
+    assert all(torch.equal(state[ours + n], weights[PREFIXES[2] + n]) for n in shapes)
+    assert show(tmp_path / "out", clip_frames).isfinite().all()
+
+
+def clip_shapes():
+    """CLIP's names: a class token, and a norm before the layers (spelt so)."""
+    shapes = {n: s for n, s in vision_shapes().items() if ".head." not in n}
+    del shapes["vision_model.embeddings.patch_embedding.bias"]
+    shapes |= {"vision_model.embeddings.class_embedding": (D_V,),
+               "vision_model.embeddings.position_embedding.weight": (17, D_V),
+               "vision_model.pre_layrnorm.weight": (D_V,),
+               "vision_model.pre_layrnorm.bias": (D_V,)}  # fmt: skip
+    return shapes
+
+
+def dino_shapes():
+    """DINOv2's names, as transformers 4 had them."""
+    shapes = {"embeddings.cls_token": (1, 1, D_V), "embeddings.mask_token": (1, D_V),
+              "embeddings.position_embeddings": (1, 17, D_V),
+              "embeddings.patch_embeddings.projection.weight": (D_V, 3, 4, 4),
+              "embeddings.patch_embeddings.projection.bias": (D_V,)}  # fmt: skip
+    for i in range(VISION_LAYERS):
+        layer = f"encoder.layer.{i}."
+        sizes = {"norm1": (D_V,), "norm2": (D_V,), "mlp.fc1": (4 * D_V, D_V),
+                 "mlp.fc2": (D_V, 4 * D_V), "attention.output.dense": (D_V, D_V)}  # fmt: skip
+        sizes |= {f"attention.attention.{n}": (D_V, D_V) for n in ("query", "key", "value")}
+        for name, size in sizes.items():
+            shapes |= {f"{layer}{name}.weight": size, f"{layer}{name}.bias": size[:1]}
+        shapes |= {f"{layer}layer_scale{n}.lambda1": (D_V,) for n in (1, 2)}
+    return shapes | {"layernorm.weight": (D_V,), "layernorm.bias": (D_V,)}
+
+
+def test_a_mixture_of_clip_and_dinov2(write, tmp_path, clip_frames):
+    """TinyLLaVA Factory's `mof`: two encoders, two MLPs, and no config of the second encoder."""
+    parts = {"vision_tower._vision_tower.clip.": clip_shapes(),
+             "vision_tower._vision_tower.dinov2.": dino_shapes(),
+             "connector._connector.clip.": MLP, "connector._connector.dinov2.": MLP,
+             "language_model.": llm_shapes()}  # fmt: skip
+    weights = {prefix + n: torch.randn(s) * 0.2
+               for prefix, shapes in parts.items() for n, s in shapes.items()}  # fmt: skip
+    clip = VISION | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
+    source = write(weights, connector_type="mof_mlp", vision_config=clip,
+                   vision_model_name_or_path2="mof:facebook/dinov2-large")  # fmt: skip
+    (tmp_path / "dino").mkdir()
+    dino = {"model_type": "dinov2", "hidden_size": D_V, "num_hidden_layers": VISION_LAYERS,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
+    (tmp_path / "dino/config.json").write_text(json.dumps(dino))
+    with pytest.raises(ModelFolderError, match="mixture with 'mof:facebook/dinov2-large', whose"):
+        convert(source, tmp_path / "out")
+    config = convert(source, tmp_path / "out", second_vision_dir=tmp_path / "dino")
+    assert config.connector_type == "mof_mlp" and config.drop_first_patch
+    assert config.image_mode == "crop"  # CLIP's processor
+    model, processor = load_model(tmp_path / "out")
+    assert processor.num_tokens(1) == 32  # 16 patches, twice
+    state = model.state_dict()
+    layer = "encoder.layer.1.attention."
+    for old, new in (("attention.query", "q_proj"), ("attention.key", "k_proj"),
+                     ("attention.value", "v_proj"), ("output.dense", "o_proj")):  # fmt: skip
+        theirs = weights[f"vision_tower._vision_tower.dinov2.{layer}{old}.weight"]
+        assert torch.equal(state[f"vision_encoder.encoders.1.{layer}{new}.weight"], theirs)
+    assert torch.equal(state["connector.mlps.1.2.weight"],
+                       weights["connector._connector.dinov2.2.weight"])
+    assert show(tmp_path / "out", clip_frames).isfinite().all()
+
+
+def decoder_shapes(attention, mlp, norms, bias):
+    """Names of a legacy LLM of one layer: its matrices, norms and which of both have a bias."""
+    shapes = {"embed_tokens.weight": (V, D)}
+    sizes = {f"layers.0.self_attn.{name}": (D, D) for name in attention}
+    sizes |= {f"layers.0.mlp.{n}": (D, 64) if n in ("fc2", "down_proj") else (64, D) for n in mlp}
+    sizes |= dict.fromkeys(norms, (D,))
+    for name, size in sizes.items():
+        shapes[f"{name}.weight"] = size
+        if any(part in name for part in bias):
+            shapes[f"{name}.bias"] = size[:1]
+    return {f"model.{name}": size for name, size in shapes.items()} | {"lm_head.weight": (V, D)}
+
+
+LLAMA_NAMES = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm"),
+)
+LEGACY = {  # class: names of its LLM, fields of its config, template
+    "TinyLlavaLlamaForCausalLM": (
+        decoder_shapes(*LLAMA_NAMES, ()),
+        {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, "llama"),
+    "TinyLlavaStablelmForCausalLM": (
+        decoder_shapes(*LLAMA_NAMES, ("norm", "q_proj", "k_proj", "v_proj")),
+        {"num_key_value_heads": 4, "use_qkv_bias": True, "partial_rotary_factor": 0.25}, "phi"),
+    "TinyLlavaPhiForCausalLM": (
+        decoder_shapes(("q_proj", "k_proj", "v_proj", "dense"), ("fc1", "fc2"),
+                       ("final_layernorm", "layers.0.input_layernorm"), ("",))
+        | {"lm_head.bias": (V,)}, {"partial_rotary_factor": 0.5}, "phi"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LEGACY)
+def test_a_legacy_checkpoint_without_its_last_encoder_layer(kind, write, tmp_path, clip_frames):
+    """729 tokens, Phi-2's head with a bias; block 26, final norm and head are not there."""
+    shapes, fields, template = LEGACY[kind]
     vision = {n: s for n, s in vision_shapes().items()
               if "layers.2." not in n and "post_layernorm" not in n and "head" not in n}
-    shapes |= {"model.vision_tower.vision_tower." + n: s for n, s in vision.items()}
+    shapes = shapes | {"model.vision_tower.vision_tower." + n: s for n, s in vision.items()}
     shapes |= {"model.mm_projector." + n: s for n, s in MLP.items()}
     weights = {n: torch.randn(s) * 0.2 for n, s in shapes.items()}
     encoder = tmp_path / "encoder"
@@ -258,24 +430,29 @@ def test_a_legacy_checkpoint_without_its_last_encoder_layer(write, tmp_path, vis
     (encoder / "config.json").write_text(json.dumps(VISION))
     source = write(weights)
     legacy = {
-        "architectures": ["TinyLlavaPhiForCausalLM"], "model_type": "tiny_llava_phi",
-        "hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "partial_rotary_factor": 0.5, "vocab_size": V,
-        "tie_word_embeddings": False, "mm_vision_tower": "elsewhere/siglip",
+        "architectures": [kind], "model_type": "tiny_llava", "hidden_size": D,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, **fields,
+        "vocab_size": V, "tie_word_embeddings": False, "mm_vision_tower": "elsewhere/siglip",
         "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",
         "tokenizer_model_max_length": 3072,
     }  # fmt: skip
     (source / "config.json").write_text(json.dumps(legacy))
+    if template == "llama":
+        special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        make_tokenizer(["A red circle."], special, True, V).save_pretrained(source)
     with pytest.raises(ModelFolderError, match="mm_vision_tower 'elsewhere/siglip' is unknown"):
         convert(source, tmp_path / "out")
     config = convert(source, tmp_path / "out", vision_dir=encoder)
     model, processor = load_model(tmp_path / "out")
-    assert (config.template, config.image_mode, config.drop_first_patch) == ("phi", "pad", False)
+    assert (config.template, config.image_mode, config.drop_first_patch) == (template, "pad", False)
+    assert config.text_config.model_type == LEGACY_LLMS[kind]
     assert processor.num_tokens(1) == 16  # every patch
-    assert torch.equal(model.language_model.lm_head.bias, weights["lm_head.bias"])
-    last = model.state_dict()["vision_encoder.encoder.layers.2.mlp.fc1.weight"]
+    state = model.state_dict()
+    assert all(torch.equal(state[f"language_model.{n}"], weights[n]) for n in LEGACY[kind][0])
+    last = state["vision_encoder.encoder.layers.2.mlp.fc1.weight"]
     assert not last.any()  # zeros that nothing reads
+    assert show(tmp_path / "out", clip_frames).isfinite().all()
 
 
 def test_a_flat_openelm_checkpoint(write, tmp_path, clip_frames):
@@ -358,6 +535,8 @@ def test_old_buffers_are_left_out(write, tmp_path):
     "changes, message",
     [
         ({"connector_type": "qformer9"}, "connector 'qformer9' is unknown; known are groupresam"),
+        ({"text_config": {"model_type": "nonsense"}}, "text_config is not usable .*'nonsense'"),
+        ({"vision_config": None}, r"vision_config is not usable \(model_type None\)"),
         ({"model_type": "llava_qwen"}, "model_type 'llava_qwen' .* is another system's; known are"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' is not supported"),
         ({"text_config": TEXT | {"model_type": "gemma"}}, "no template is known for a 'gemma' mod"),
@@ -379,6 +558,20 @@ def test_the_command_overrules_and_tells(write, tmp_path, capsys):
     assert processor.num_frames == 8 and model.config.template == "qwen2_chat"
 
 
+def test_the_command_reads_frames_by_the_second(write, tmp_path, capsys):
+    """For the checkpoints named 1fps, whose config.json does not say so."""
+    source, out = str(write(make_weights())), str(tmp_path / "out")
+    main([source, out, "--sampling", "fps", "--fps", "1", "--max-frames", "128"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["sampling"], told["fps"], told["max_frames"]) == ("fps", 1.0, 128)
+    model, processor = load_model(out)
+    for part in (model.config, processor):
+        assert (part.sampling, part.fps, part.max_frames) == ("fps", 1.0, 128)
+    with pytest.raises(SystemExit):
+        main([source, out, "--fps", "2"])
+    assert "say nothing without --sampling fps" in capsys.readouterr().err
+
+
 def test_the_published_list_of_920_names_is_ours(published_keys):
     with torch.device("meta"):
         model = TlvForConditionalGeneration(paper_config())
@@ -387,24 +580,73 @@ def test_the_published_list_of_920_names_is_ours(published_keys):
     theirs = {rename(name): tuple(shape) for name, shape in published_keys["tensors"].items()}
     assert len(theirs) == published_keys["n"] == 920 and theirs == ours
     assert sum(math.prod(shape) for shape in theirs.values()) == 3_629_878_336
+    parts = Counter(name.split(".")[0] for name in theirs)
+    assert parts == {"language_model": 434, "vision_encoder": 448, "connector": 38}
+
+
+PUBLISHED = Path(__file__).parent / "published"  # facts of the checkpoint of 16 groups, 512 queries
 
 
 @pytest.fixture
 def published_keys():
-    from tlv import ROOT
+    return json.loads((PUBLISHED / "tinyllava_video_keys.json").read_text())
 
-    path = ROOT.parent / "shared/reference/tinyllava_video_keys.json"
-    if not path.is_file():
-        pytest.skip(f"{path.name}: the list of the published names is not beside the project")
-    return json.loads(path.read_text())
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_the_published_facts_are_those_of_the_published_files(published_keys):
+    """The hashes are those of config.json and model.safetensors.index.json on the Hub."""
+    config = (PUBLISHED / "tinyllava_video_config.json").read_bytes()
+    assert sha256(config) == "2cb12a736e6e63b66c323ac4401aac9b84093721e05a4a035b975a0b45bdac26"
+    shards, size = [[]], 0
+    for name, shape in published_keys["tensors"].items():
+        size += 2 * math.prod(shape)  # bfloat16
+        if size > 5e9:
+            shards, size = [*shards, []], 2 * math.prod(shape)
+        shards[-1].append(name)
+    assert [len(names) for names in shards] == [344, 576]
+    places = {name: f"model-{number:05}-of-00002.safetensors"
+              for number, names in enumerate(shards, start=1) for name in names}  # fmt: skip
+    index = {"metadata": {"total_size": 2 * published_keys["params"]}, "weight_map": places}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    assert sha256(text.encode()) == (
+        "c8f3da7529c760c309d14bb2b7cf6faaecc2a29c3ad434e193aec986ba0bb3d3")
+
+
+def test_the_published_config_becomes_the_paper_model(tokenizer):
+    raw = json.loads((PUBLISHED / "tinyllava_video_config.json").read_text())
+    config = translate_config("published", raw, "flat", tokenizer)
+    assert count_parameters(config) == {
+        "vision": 428_225_600, "connector": 115_714_048, "llm": 3_085_938_688,
+        "total": 3_629_878_336, "unseen": 428_225_600 - 397_745_440}  # fmt: skip
+    assert (config.connector_type, config.num_queries, config.num_groups) == (
+        "group_resampler", 512, 16)  # fmt: skip
+    assert (config.num_frames, config.sampling, config.max_seq_len, config.long_rows) == (
+        16, "uniform", 3072, "cut")  # fmt: skip
+    assert (config.template, config.vision_feature_layer, config.image_mode) == (
+        "qwen2_base", -2, "square")  # fmt: skip
+    assert config.drop_first_patch and config.tie_word_embeddings
+    assert count_tokens(config, 16) == 512
+    ours = paper_config()
+    for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size",
+                 "rope_parameters", "bos_token_id", "eos_token_id"):  # fmt: skip
+        assert getattr(config.text_config, name) == getattr(ours.text_config, name), name
+    for name in ("layer_norm_eps", "hidden_act", "image_size", "patch_size"):
+        assert getattr(config.vision_config, name) == getattr(ours.vision_config, name), name
 
 
 def test_the_tokenizer_may_come_from_the_llms_folder(write, tmp_path, tokenizer):
     source = write(make_weights())
     for file in source.glob("*token*"):
         file.unlink()
-    with pytest.raises(ModelFolderError, match="no tokenizer in it; give the language model's"):
+    with pytest.raises(ModelFolderError, match="source = .*nothing to load.*; give the language"):
         convert(source, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text(json.dumps(TEXT))  # an empty one would be made
+    with pytest.raises(ModelFolderError, match="tokenizer_dir = .*empty: .*no token but special"):
+        convert(source, tmp_path / "out", tokenizer_dir=tmp_path / "empty")
     tokenizer.save_pretrained(tmp_path / "llm")
     convert(source, tmp_path / "out", tokenizer_dir=tmp_path / "llm")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|endoftext|>"

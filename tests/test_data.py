@@ -114,11 +114,24 @@ def test_a_long_row_is_cut_where_published_code_cuts_after_its_fusion(make, tiny
 
 
 @pytest.mark.parametrize("turns", ["packed", "separate", "isolated"])
-def test_a_cut_before_the_first_answer_leaves_a_bad_sample(turns, make):
+def test_a_cut_that_leaves_no_answer_or_half_a_clip_is_refused(turns, make):
     dataset = make(turns=turns)
-    dataset.config.max_seq_len, dataset.config.long_rows = 20, "cut"
-    assert isinstance(dataset[0], BadSample) and not dataset[0].is_used
-    assert "no token of it is an answer among the first 20 of " in dataset[0].reason
+    first = dataset[0]["rows"][0]["labels"]
+    answer = next(i for i, label in enumerate(first) if label != IGNORE_INDEX)
+    for limit, words in ((answer, "no answer is among what is kept of "),
+                         (5, "its clip ends beyond what is kept of ")):
+        dataset.config.max_seq_len, dataset.config.long_rows = limit, "cut"
+        assert isinstance(dataset[0], BadSample) and not dataset[0].is_used
+        assert words in dataset[0].reason, dataset[0].reason
+
+
+def test_a_clip_shown_in_a_later_turn_is_not_cut_in_half(make):
+    sample = make_sample(0, "0.mp4")
+    text = [turn("human", "Hi?"), turn("gpt", "Hello.")]
+    dataset = make([{**sample, "conversations": [*text, *sample["conversations"]]}])
+    ids, placeholder = dataset[0]["rows"][0]["input_ids"], dataset.config.video_token_id
+    dataset.config.max_seq_len, dataset.config.long_rows = ids.index(placeholder) + 3, "cut"
+    assert "its clip ends beyond" in dataset[0].reason
 
 
 def test_isolated_turns_are_cut_with_all_that_belongs_to_them(make):

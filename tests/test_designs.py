@@ -2,6 +2,7 @@
 
 import pytest
 
+from tlv import ROOT
 from tlv.designs import (
     ENCODERS,
     LLMS,
@@ -54,6 +55,24 @@ def test_llms_are_as_large_as_their_names_say(llm, billions):
 )
 def test_tokens_of_a_picture_and_of_clips(encoder, connector, num_frames, tokens):
     assert count_tokens(make_design(encoder, QWEN, connector_type=connector), num_frames) == tokens
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (("siglip", QWEN), "encoder 'siglip' is unknown; known are openai/clip-.*, CLIP . DINOv2"),
+        ((SIGLIP, "Qwen2.5-3B"), "llm 'Qwen2.5-3B' is unknown; known are TinyLlama/.*-3B"),
+    ],
+)
+def test_an_unknown_part_is_refused_with_the_known_ones(names, message):
+    with pytest.raises(ValueError, match=message):
+        make_design(*names)
+
+
+def test_the_list_of_weights_names_every_part_of_the_designs():
+    text = (ROOT / "data" / "README.md").read_text()
+    singles = [name for name in ENCODERS if name != MIXTURE]
+    assert [name for name in (*LLMS, *singles) if name not in text] == []
 
 
 def test_siglip_without_its_first_patch_gives_728_tokens():

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from toy_tokenizer import make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tlv.builders import build_model, load_model
+from tlv.ask import answer
+from tlv.builders import build_model, load_model, with_connector
 from tlv.chat import IGNORE_INDEX, encode, render
+from tlv.model import TlvConfig
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives",
@@ -118,6 +120,74 @@ def test_a_template_of_another_model_is_refused_before_anything_runs(vision_dir,
     with pytest.raises(ValueError, match="'gemma' ends an answer with '<eos>', which is . tokens "
                        ".*its own end token is '</s>', that of template llama"):
         build_model(vision_dir, tmp_path, template="gemma")
+
+
+@pytest.fixture
+def zephyr_dir(tmp_path):
+    """A Llama folder whose tokenizer has a chat template of its own."""
+    fields, _, special, has_bos = LLMS["llama"]
+    tokenizer = make_tokenizer(CORPUS, special, has_bos)
+    tokenizer.chat_template = (
+        "{{ 'Be brief {x}.</s>\n' }}{% for m in messages %}"
+        "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    config = AutoConfig.for_model("llama", **{**SIZES, **fields, "vocab_size": len(tokenizer)})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "zephyr")
+    tokenizer.save_pretrained(tmp_path / "zephyr")
+    return tmp_path / "zephyr"
+
+
+def test_the_tokenizers_own_template_travels_with_the_model(zephyr_dir, vision_dir, tmp_path,
+                                                            clip_frames):
+    """Into config.json, through another connector, and into training rows and answers."""
+    built = build_model(vision_dir, zephyr_dir, template="own", connector_type="linear",
+                        num_frames=4)  # fmt: skip
+    for part in built:
+        part.save_pretrained(tmp_path / "whole")
+    model, processor = load_model(tmp_path / "whole")
+    own = model.config.template
+    assert own == built[0].config.template and own["stop"] == "</s>"
+    turns = [("<video>\nWhat is he doing?", "Running."), ("Where?", None)]
+    text = render(turns, own)
+    assert text == (
+        "Be brief {x}.</s>\n<|user|>\n<video>\nWhat is he doing?</s>\n<|assistant|>\nRunning.</s>\n"
+        "<|user|>\nWhere?</s>\n<|assistant|>\n"
+    )
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text",
+                                                                 "text": "What is he doing?"}]},
+                {"role": "assistant", "content": "Running."},
+                {"role": "user", "content": "Where?"}]  # fmt: skip
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == text
+    batch = processor(text=text, videos=[clip_frames()])
+    ids = encode(turns, own, processor.tokenizer, processor.num_tokens(4))["input_ids"]
+    assert batch["input_ids"].tolist() == [ids]
+    assert ids.count(processor.tokenizer.bos_token_id) == 1
+    assert model.generation_config.eos_token_id == [processor.tokenizer.eos_token_id]
+    assert isinstance(answer(model, processor, clip_frames(), "Where?", max_new_tokens=3), str)
+    other, _ = with_connector(model, processor, connector_type="mlp2x_gelu")
+    assert other.config.template == own
+
+
+def test_an_own_template_needs_a_tokenizer_that_has_one(zephyr_dir, vision_dir):
+    tokenizer = AutoTokenizer.from_pretrained(zephyr_dir)
+    tokenizer.chat_template = None
+    (zephyr_dir / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(zephyr_dir)
+    with pytest.raises(ValueError, match="'own' is .* of llm_dir = .*, but there is none; take"):
+        build_model(vision_dir, zephyr_dir, template="own")
+    with pytest.raises(ValueError, match="'own' has to be read from a tokenizer"):
+        TlvConfig(template="own")
+
+
+def test_a_template_with_another_end_is_refused_before_anything_runs(zephyr_dir, vision_dir):
+    tokenizer = AutoTokenizer.from_pretrained(zephyr_dir)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(zephyr_dir)
+    with pytest.raises(ValueError, match="'llama' ends an answer with '</s>', which is not the end "
+                       "token .* that of template qwen2_instruct or qwen2_chat; own takes its "):
+        build_model(vision_dir, zephyr_dir, template="llama")
 
 
 def test_a_tokenizer_with_nothing_to_pad_with_is_refused():

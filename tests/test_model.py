@@ -406,6 +406,15 @@ def test_a_clip_encoder_with_a_class_token(llm_dir, tmp_path, clip_frames):
 # ---- wrong folders --------------------------------------------------------------------------
 
 
+def test_pictures_of_another_size_than_the_encoders_are_refused(vision_dir, llm_dir, tmp_path):
+    folder = shutil.copytree(vision_dir, tmp_path / "vision")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings["size"] = {"height": 32, "width": 32}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelFolderError, match="its pictures have 32 pixels .* made for 16"):
+        build_model(folder, llm_dir)
+
+
 def test_wrong_folders_are_named(vision_dir, llm_dir, model_dir, tmp_path):
     with pytest.raises(ModelFolderError, match="llm_dir = .*nowhere: no such folder"):
         build_model(vision_dir, tmp_path / "nowhere")

@@ -131,7 +131,8 @@ def test_gradient_checkpointing_changes_no_gradient(small):
         assert torch.allclose(parameter.grad, grad, atol=1e-6)
 
 
-def test_a_published_folder_loads_and_none_of_its_code_runs(small, tmp_path):
+def test_a_published_folder_loads_and_none_of_its_code_runs(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     config = {**PUBLISHED, **SMALL, "ffn_multipliers": [0.5, 2.25, 4.0]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = {name: w.clone() for name, w in small.state_dict().items()}
@@ -143,6 +144,7 @@ def test_a_published_folder_loads_and_none_of_its_code_runs(small, tmp_path):
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, small(ids).logits)
+    assert not hasattr(again.config, "auto_map")
     assert read_config(tmp_path, "llm_dir").hidden_size == 32
     assert not (tmp_path / "ran").exists()
 

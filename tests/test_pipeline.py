@@ -149,6 +149,18 @@ def test_metrics_plots_and_experiments(project):
     repro(project)
 
 
+def test_one_command_changes_the_preset(project):
+    shutil.copytree(project / "params/smoke", project / "params/other")
+    for path in (project / "params/other").rglob("*.yaml"):
+        path.write_text(path.read_text().replace("outputs/smoke", "outputs/other"))
+    run(["dvc", "exp", "run", "-n", "other", "-S", "params/preset.yaml:preset=other"], project)
+    written = {p.parent.name for p in (project / "outputs/other").rglob("metrics.json")}
+    assert written == set(NAMES)
+    run(["git", "checkout", "-q", "."], project)
+    run(["git", "clean", "-fdqx", "params/other", "outputs/other"], project)
+    assert repro(project) == []
+
+
 def test_a_fresh_clone_pulls_and_has_nothing_to_run(project, tmp_path):
     run(["make", "-o", "venv", "remote", f"DIR={tmp_path / 'store'}"], project)
     run(["dvc", "push"], project)
@@ -242,8 +254,7 @@ def test_real_notebooks_run_at_smoke_scale_and_only_once(tmp_path):
 
 
 def test_committed_lock_belongs_to_the_committed_code(tmp_path):
-    if not (ROOT / "dvc.lock").exists():
-        pytest.skip("no dvc.lock yet: run `make repro` and commit it")
+    assert (ROOT / "dvc.lock").exists(), "run `make repro` and commit its results"
     folder = make_clone(tmp_path / "clone")
     stale = repro(folder, "--allow-missing", "--dry")
     assert stale == [], "run `make repro` and commit its results"

@@ -1,6 +1,9 @@
 """The README's tables say what outputs/ says."""
 
+import io
 import json
+import subprocess
+import tarfile
 
 import pytest
 
@@ -74,3 +77,35 @@ def test_the_readme_has_the_marks_and_the_two_commands():
     assert "\nmake repro " in text and "\nmake test " in text
     with pytest.raises(ValueError, match="<!-- other -->"):
         report.fill(text, "other", "x")
+
+
+# ---- what is committed ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def head(tmp_path, monkeypatch):
+    """README and results of the last commit: a reader's own run may differ, and may."""
+    archive = subprocess.run(["git", "archive", "HEAD", "README.md", "outputs"], cwd=ROOT,
+                             check=True, capture_output=True).stdout  # fmt: skip
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    for module in (report, costs, committed):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_the_readme_shows_what_outputs_say(head):
+    text = (head / "README.md").read_text()
+    assert report.filled(text, "tiny") == text, "run `make report` and commit README.md"
+
+
+def test_the_committed_world_and_model_reach_their_goals(head):
+    world = committed.metrics("tiny", "00_toy_world")
+    asked = {key: n for key, n in world.items() if key.startswith("num_test_questions/")}
+    assert world["num_test_clips"] >= 300 and len(asked) == 8 and min(asked.values()) >= 150
+    found = committed.metrics("tiny", "05_evaluation")
+    assert found["accuracy/free"] >= 0.8 and found["accuracy/choice"] >= 0.85
+    margins = {key: found[key.replace("baseline", "accuracy")] - value
+               for key, value in found.items() if key.startswith("baseline/type/")}
+    assert len(margins) == 8 * 3  # of a type together, freely, as multiple choice
+    assert min(margins.values()) >= 0.25, margins

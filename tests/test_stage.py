@@ -178,10 +178,22 @@ block = bytearray(200_000_000)
 def test_failing_notebook_leaves_its_copy_and_one_message(root, capfd):
     write(root, "print('before')\nraise ValueError('the clip is upside down')")
     assert stage.main(["run", "00_x", "--preset", "tiny"]) == 1
-    assert "error: 00_x stopped" in capfd.readouterr().err
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last == ("error: 00_x stopped: the clip is upside down "
+                    "(settings: params/tiny/00_x.yaml)")
     copy = (root / "outputs/tiny/00_x/run.ipynb").read_text()
     assert "the clip is upside down" in copy and '"papermill"' not in copy
     assert costs.read_costs("tiny") == {}
+
+
+@pytest.mark.slow
+def test_a_wrong_value_ends_in_one_line_with_its_file(root, capfd):
+    write(root, "from tlv.config import ConfigError\n"
+                "raise ConfigError('parameters: precision = \"fp17\" must be one of fp32, bf16')")
+    assert stage.main(["run", "00_x", "--preset", "tiny"]) == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last == ("error: 00_x stopped: params/tiny/00_x.yaml: precision = \"fp17\" must be one "
+                    "of fp32, bf16")
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from toy_manifest import make_world
+from toy_manifest import make_sample, make_world
 
 from tlv import ROOT, checkpoint, processor, train
+from tlv.bad_samples import TooManyBadSamples
 from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict
-from tlv.data import TooManyBadSamples
 from tlv.launch import environment, launch
 from tlv.runlog import RunLog, read_log
 
@@ -91,12 +92,54 @@ class Interrupt(Exception):
 def test_zero_stages_give_the_same_losses(configure):
     plain = run(configure())
     assert losses(plain)[-1] < losses(plain)[1]  # it learns
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         config = configure(zero_config=f"params/deepspeed_zero{stage}.json")
         rows = run(config)
         assert losses(rows) == close(plain, 1e-5), stage
         norms = [row["grad_norm"] for row in rows]
         assert norms == pytest.approx([row["grad_norm"] for row in plain], rel=1e-4)
+
+
+def test_pictures_clips_and_text_train_in_one_run_grouped_by_modality(configure, tmp_path):
+    """One rank and two, with micro-batches of text alone, which show the encoder nothing."""
+    world = make_world(tmp_path / "world", 4)
+    samples = json.loads((world / "data.json").read_text())
+    for i in range(4):
+        Image.new("RGB", (20, 24), (60 * i, 10, 10)).save(world / f"{i}.png")
+        said = make_sample(4 + i, "")["conversations"]
+        samples.append({"id": f"p{i}", "image": f"{i}.png", "conversations": said})
+        said = [said[0] | {"value": "Hi?"}, *said[1:]]
+        samples.append({"id": f"t{i}", "conversations": said})
+    (world / "data.json").write_text(json.dumps(samples))
+    base = dict(data=str(world / "data.json"), videos_dir=str(world), group_by_length=True,
+                trainable=("connector", "llm", "vision"), lr_vision=1e-4)  # fmt: skip
+    one = run(configure("one", **base))
+    assert json.loads((tmp_path / "one/report.json").read_text())["num_bad"] == 0
+    two = configure("two", grad_accum_steps=1, **base)
+    launch(two, LaunchConfig(num_ranks=2))
+    assert losses(read_log(Path(two.out_dir) / "log.jsonl")) == close(one, 1e-5)
+
+
+def test_clipping_shortens_what_is_learnt(configure, model_dir):
+    start = load_file(model_dir / "model.safetensors")
+    moved = {}
+    for limit in (None, 1e-12):  # AdamW forgets the length, but for its epsilon of 1e-8
+        config = configure(max_grad_norm=limit, num_steps=2)
+        rows = run(config)
+        assert rows[0]["grad_norm"] > 0.1  # the log has the norm before the cut
+        end = load_file(Path(config.out_dir) / "checkpoint" / "model.safetensors")
+        moved[limit] = max((end[name] - start[name]).abs().max().item() for name in start)
+    assert moved[1e-12] < 1e-5 < 1e-4 < moved[None]
+
+
+def test_a_converted_model_trains_on_cut_rows_and_counts_them(configure, build_tiny, tmp_path):
+    for part in build_tiny(max_seq_len=115, long_rows="cut"):
+        part.save_pretrained(tmp_path / "converted")
+    config = configure(model_dir=str(tmp_path / "converted"), num_steps=5)
+    assert len(losses(run(config))) == 5
+    report = json.loads((Path(config.out_dir) / "report.json").read_text())
+    assert report["num_cut"] > 0 == report["num_bad"]
+    assert all("beyond max_seq_len = 115 are cut" in s["reason"] for s in report["bad_samples"])
 
 
 def test_accumulation_does_not_change_the_losses(configure):
@@ -260,6 +303,12 @@ def test_16_bit_without_zero_follows_16_bit_with_it(configure):
                   ) == close(first, 2e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed has fp16 on GPUs alone")
+def test_fp16_follows_fp32_on_a_gpu(configure):
+    half = run(configure(precision="fp16", device="cuda", zero_config="params/deepspeed_zero3.json"))
+    assert losses(half) == close(run(configure("full", device="cuda")), 0.02)
+
+
 # ---- what must stop it ----------------------------------------------------------------------
 
 
@@ -293,6 +342,11 @@ def test_a_loss_that_is_no_number_stops_with_advice(configure):
 def test_missing_inputs_are_named_before_anything_starts(configure, changes, message):
     with pytest.raises(ConfigError, match=message):
         launch(configure(**changes))
+
+
+def test_fp16_on_a_cpu_is_refused_with_what_to_take(configure):
+    with pytest.raises(ConfigError, match="precision = 'fp16' needs a GPU; take 'bf16' or 'fp32'"):
+        run(configure(precision="fp16"))
 
 
 def test_a_second_run_of_a_live_stage_is_refused(configure):

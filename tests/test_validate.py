@@ -1,6 +1,8 @@
 """A reader's own data: what is missing or wrong is named before anything is trained."""
 
 import json
+import re
+import shutil
 
 import pytest
 from toy_manifest import make_world
@@ -68,10 +70,114 @@ def test_a_clip_that_does_not_decode_is_found_only_when_asked_for(card, tmp_path
     assert ["torn.mp4" in reason for reason in reasons(path, decode=True)] == [True]
 
 
-def test_a_card_without_its_parts_is_refused(tmp_path):
-    (tmp_path / "card.json").write_text('{"videos_dir": "x"}')
-    with pytest.raises(ConfigError, match="lacks raw_captions, raw_qa, .*; a card names"):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"videos_dir": "x"}', "lacks raw_captions, raw_qa, .*; a card names"),
+        ('[{"videos_dir": "x"}]', r"card.json: \[\{'videos_dir': 'x'\}\] is no JSON object"),
+        ("null", "card.json: None is no JSON object"),
+        (json.dumps(dict.fromkeys(validate.CARD_KEYS, "x") | {"llm_dir": 7}),
+         "card.json: llm_dir = 7 must be a path in quotes"),
+    ],
+)  # fmt: skip
+def test_a_card_without_its_parts_is_refused(content, message, tmp_path, capsys):
+    (tmp_path / "card.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
         validate.check_card(tmp_path / "card.json")
+    assert validate.main([str(tmp_path / "card.json")]) == 1
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def test_a_folder_in_a_files_place_is_a_problem(card, tmp_path):
+    with pytest.raises(ConfigError, match="not readable"):
+        validate.check_card(tmp_path)
+    path = card()
+    (tmp_path / "raw_qa.json").unlink()
+    (tmp_path / "raw_qa.json").mkdir()
+    assert ["Is a directory" in reason for reason in reasons(path)] == [True]
+
+
+def test_every_file_of_a_sample_is_looked_for(card, tmp_path):
+    """A list of files is shown one after the other, as the trainer reads it."""
+    first, second, *_ = (sample["video"] for sample in card.samples)
+    (tmp_path / "torn.mp4").write_bytes(b"no clip")
+    videos = [[first, second], [first, "gone.mp4"], [first, "torn.mp4"]]
+    path = card(raw_qa=[card.samples[0] | {"video": video} for video in videos])
+    assert reasons(path) == ["raw_qa: #1: gone.mp4: not in videos_dir"]
+    found = reasons(path, decode=True)
+    assert len(found) == 2 and found[1].startswith("raw_qa: #2: torn.mp4: ")
+
+
+@pytest.mark.parametrize("video", [7, [7], ["0.mp4", None], {"name": "0.mp4"}, True, "x" * 5000])
+def test_a_video_that_is_no_file_name_is_a_problem(video, card):
+    (reason,) = reasons(card(raw_qa=[card.samples[0] | {"video": video}]))
+    assert reason.startswith("raw_qa: #0: ")
+    assert "must be a file name relative to videos_dir, or a list" in reason or "x" * 50 in reason
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"options": None}, r"options None must be a list of texts, \[\] for a free answer"),
+        ({"options": ["red", 7]}, "options .* must be a list of texts"),
+        ({"options": "red"}, "options 'red' must be a list of texts"),
+        ({"answer": None}, "answer None must be text"),
+        ({"question": 7}, "question 7 must be text"),
+        ({"video": ["0.mp4"]}, "video .* must be text"),
+        ({"form": ["choice"]}, "form .* must be 'free' or 'choice'"),
+    ],
+)
+def test_a_question_of_other_types_is_a_problem(changes, message, card):
+    (reason,) = reasons(card(test_questions=[card.question | changes]))
+    assert re.search("test_questions: #0: " + message, reason)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"query": 7}, "query 7 must be text"),
+        ({"conversations": [{"from": ["human"], "value": "x"}] * 2}, "from .* must be 'human' or"),
+        ({"conversations": [7, 8]}, "turn 0: from None"),
+        ({"conversations": None}, "no turns"),
+        ({"video": None}, "1 placeholders"),
+    ],
+)
+def test_a_sample_of_other_types_is_a_problem(changes, message, card):
+    (reason,) = reasons(card(raw_qa=[card.samples[0] | changes]))
+    assert re.search("raw_qa: #0: .*" + message, reason)
+
+
+def _shard(folder):
+    whole = folder / "model.safetensors"
+    whole.rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors",
+                            "b": "model-00002-of-00002.safetensors"}}  # fmt: skip
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    "part, spoil, message",
+    [
+        ("llm_dir", lambda f: (f / "model.safetensors").unlink(), r"no \*.safetensors in it"),
+        ("llm_dir", _shard, ".* names model-00002-of-00002.safetensors, which is not there"),
+        ("vision_dir", _cut, "model.safetensors is torn or no safetensors file"),
+        ("llm_dir", lambda f: [t.unlink() for t in f.glob("token*")], "AutoTokenizer finds no"),
+        ("vision_dir", lambda f: (f / "preprocessor_config.json").unlink(), "AutoImageProcessor "),
+        ("llm_dir", lambda f: (f / "config.json").unlink(), "no config.json in it"),
+    ],
+)
+def test_an_unfinished_copy_of_a_model_is_a_problem(part, spoil, message, card, request, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(request.getfixturevalue(part), folder)
+    assert reasons(card(**{part: folder})) == []
+    spoil(folder)
+    (reason,) = reasons(card(**{part: folder}))
+    assert re.search(f"{part} = .*copy: {message}", reason)
 
 
 @pytest.mark.parametrize("name", [p.name for p in sorted((ROOT / "data").glob("*.json"))])

@@ -13,13 +13,19 @@ from transformers import (
     GenerationConfig,
 )
 
-from tlv.chat import prepare_tokenizer, stop_token_ids, to_jinja, video_token_id
+from tlv.chat import (
+    prepare_tokenizer,
+    resolve_template,
+    stop_token_ids,
+    to_jinja,
+    video_token_id,
+)
 from tlv.model import TlvConfig, TlvForConditionalGeneration, new_connector
 from tlv.pretrained import ModelFolderError, load_part, load_pretrained, read_config
-from tlv.processor import SELECTOR, TlvProcessor
+from tlv.processor import SELECTOR, TlvProcessor, picture_side
 from tlv.selector import load_selector
 from tlv.vilamp import Vilamp
-from tlv.vision import count_patches, load_mixture, load_vision_encoder
+from tlv.vision import count_patches, load_mixture, load_vision_encoder, vision_part
 
 
 def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=None,
@@ -28,17 +34,21 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=Non
 
     With `second_vision_dir` the encoder is a mixture of two (CLIP and DINOv2, say), and pixels are
     the first one's. `selector_dir` is the image-text pair that the connector vilamp needs. `fields`
-    are fields of TlvConfig. The same seed gives the same connector.
+    are fields of TlvConfig; template = "own" reads the chat template of the LLM's tokenizer. The
+    same seed gives the same connector.
     Raises ModelFolderError for a wrong folder, ValueError for a wrong field.
     """
     unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
     if unknown:
         raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
-    read_config(vision_dir, "vision_dir")
+    vision_config = vision_part(read_config(vision_dir, "vision_dir"))
     text_config = read_config(llm_dir, "llm_dir")
     tokenizer = load_part(AutoTokenizer, llm_dir, "llm_dir")
-    prepare_tokenizer(tokenizer, fields.get("template", TlvConfig.template), f"llm_dir = {llm_dir}")
+    what, template = f"llm_dir = {llm_dir}", fields.pop("template", TlvConfig.template)
+    template = resolve_template(template, tokenizer, what)
+    prepare_tokenizer(tokenizer, template, what)
     image_processor = load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
+    _check_side(picture_side(image_processor), vision_config.image_size, vision_dir)
     encoder = load_vision_encoder(vision_dir, dtype)
     if second_vision_dir is not None:
         second = load_vision_encoder(second_vision_dir, dtype, "second_vision_dir")
@@ -46,10 +56,18 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=Non
     for part in (encoder.config, *getattr(encoder.config, "parts", ()), text_config):
         part._name_or_path = ""  # else config.json keeps a path of the machine that built it
     config = TlvConfig(vision_config=encoder.config, text_config=text_config,
-                       video_token_id=video_token_id(tokenizer), **fields)
+                       video_token_id=video_token_id(tokenizer), template=template, **fields)
     llm = load_pretrained(AutoModelForCausalLM, llm_dir, "llm_dir", dtype)
     selector = None if selector_dir is None else load_selector(selector_dir)
     return _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype, seed)
+
+
+def _check_side(side: int, wanted: int, vision_dir) -> None:
+    if side != wanted:
+        raise ModelFolderError(
+            f"vision_dir = {vision_dir}: its pictures have {side} pixels (size or crop_size in "
+            f"preprocessor_config.json), but its encoder is made for {wanted} (image_size in "
+            "config.json), so their patches would not fit; make both the same")
 
 
 def with_connector(model, processor, *, max_positions=None, selector_dir=None, seed=0, **fields):

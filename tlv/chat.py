@@ -3,12 +3,14 @@
 A conversation is a list of turns (question, answer); an answer of None asks for one. A clip or a
 picture stands in one question as `<video>`, in front of the words. The templates `pretrain`, `phi`
 (Phi-2 and StableLM), `qwen2_base`, `qwen2_instruct`, `llama` and `gemma` are TinyLLaVA Factory's
-and TinyLLaVA-Video's; `qwen2_chat` is ChatML with Qwen2.5's system text.
+and TinyLLaVA-Video's; `qwen2_chat` is ChatML with Qwen2's system text. Any other LLM has `own`: the
+chat template of its tokenizer, taken apart once and kept in the model's config.
 Taught in notebooks 03 (label mask) and 04 (several turns).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from os.path import commonprefix
 
 VIDEO_TOKEN = "<video>"  # what a visual is in text; `<image>` means the same
 IGNORE_INDEX = -100  # the label of a token that is not learnt
@@ -26,7 +28,7 @@ class Template:
 
     `prompt` holds {q}, the question with its visual; None: the visual alone, without the words.
     `answer` holds {a} and all that is learnt; `after` follows an answered turn and is not learnt.
-    `stop` is the token that ends an answer.
+    `stop` is the token that ends an answer. `between` stands in front of every turn but the first.
     """
 
     system: str
@@ -34,6 +36,13 @@ class Template:
     answer: str
     stop: str
     after: str = ""
+    between: str = ""
+
+    def __post_init__(self):
+        for place, text in (("{q}", self.prompt), ("{a}", self.answer)):
+            if text is not None and text.count(place) != 1:
+                raise ValueError(f"{text!r} must hold {place} once in a template; it holds it "
+                                 f"{text.count(place)} times")
 
 
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -63,11 +72,25 @@ TEMPLATES = {
 }
 
 
-def get_template(name: str) -> Template:
-    """A template by name; ValueError lists the known ones."""
-    if name not in TEMPLATES:
-        raise ValueError(f"template {name!r} is unknown; known are {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+OWN = "own"  # the tokenizer's own chat template, until `resolve_template` has read it
+
+
+def get_template(template: str | dict) -> Template:
+    """A template by name, or of its fields, as a model's config holds its own; else ValueError."""
+    if isinstance(template, dict):
+        try:
+            return Template(**template)
+        except TypeError as error:
+            known = ", ".join(Template.__dataclass_fields__)
+            raise ValueError(f"template {template} must hold the fields {known}: {error}") from None
+    if template == OWN:
+        raise ValueError(f"template {OWN!r} has to be read from a tokenizer: tlv.builders."
+                         "build_model and tlv.convert do, and keep it in the model's config; a "
+                         "stage of training uses it where its own template is left empty (None)")
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; known are {', '.join(TEMPLATES)}, and "
+                         f"{OWN}, the tokenizer's")
+    return TEMPLATES[template]
 
 
 def with_video(question: str) -> str:
@@ -123,7 +146,7 @@ def _read_turn(name, index, turn) -> str:
     role = turn.get("from") if isinstance(turn, dict) else None
     text = turn.get("value") if isinstance(turn, dict) else None
     speaker = ("human (or user)", "gpt (or assistant)")[index % 2]
-    if ROLES.get(role) != index % 2:
+    if not isinstance(role, str) or ROLES.get(role) != index % 2:
         raise ConversationError(f"sample {name!r}, turn {index}: from {role!r}, must be {speaker}")
     if not isinstance(text, str) or not text.strip():
         raise ConversationError(f"sample {name!r}, turn {index}: value {text!r}, must be words")
@@ -136,7 +159,7 @@ def _read_turn(name, index, turn) -> str:
 # ---- turns -> text --------------------------------------------------------------------------
 
 
-def render(turns, template: str) -> str:
+def render(turns, template) -> str:
     """The text of a conversation; a last answer of None leaves the prompt for it open."""
     return "".join(text for text, _ in _pieces(turns, get_template(template)))
 
@@ -151,13 +174,13 @@ def _pieces(turns, template: Template):
             prompt = VIDEO_TOKEN if VIDEO_TOKEN in question else ""
         else:
             prompt = template.prompt.replace("{q}", question)
-        yield (template.system if index == 0 else "") + prompt, False
+        yield (template.between if index else template.system) + prompt, False
         if answer is not None:
             yield template.answer.replace("{a}", answer), True
             yield template.after, False
 
 
-def to_jinja(template: str) -> str:
+def to_jinja(template) -> str:
     """The same template for `apply_chat_template`: messages of role and content -> `render`.
 
     Content is a string, or blocks of type video, image and text. With add_generation_prompt
@@ -170,6 +193,8 @@ def to_jinja(template: str) -> str:
         before, after = form.prompt.split("{q}")
         prompt = (_quote(before) + "{{ '" + VIDEO_TOKEN + "\\n' if s.visual }}{{ s.text }}"
                   + _quote(after))
+    if form.between:
+        prompt = "{%- if not loop.first -%}" + _quote(form.between) + "{%- endif -%}" + prompt
     before, after = form.answer.split("{a}")
     answer = _quote(before) + "{{ s.text }}" + _quote(after + form.after)
     return (
@@ -195,10 +220,89 @@ def _quote(text: str) -> str:
     return "{{ '" + escaped + "' }}" if text else ""
 
 
+# ---- the tokenizer's own template -----------------------------------------------------------
+
+_MARKED = [(f"tlvquestion{i}", f"tlvanswer{i}") for i in range(3)]  # words no template holds
+
+
+def resolve_template(template, tokenizer, what: str = "llm_dir") -> str | dict:
+    """What a model's config keeps of a template: its name, or the fields of the tokenizer's own."""
+    return asdict(derive_template(tokenizer, what)) if template == OWN else template
+
+
+def derive_template(tokenizer, what: str = "llm_dir") -> Template:
+    """The chat template of the tokenizer of `what`; ValueError where a Template cannot say it.
+
+    Two turns of marked words are written by it and taken apart at the marks. One to three turns,
+    answered and open, must then be what it writes itself; only an end token that some (Phi-3's) set
+    behind a whole conversation is left out.
+    """
+    if not tokenizer.chat_template:
+        raise _misfit(what, "there is none")
+    written = _write_own(tokenizer, _MARKED[:2], what)
+    marks = [mark for turn in _MARKED[:2] for mark in turn]
+    parts = re.split("|".join(marks), written)
+    if re.findall("|".join(marks), written) != marks:
+        raise _misfit(what, "it does not show the words of each turn once and in their order")
+    first, middle, turn_end, _, end = parts
+    closing = "" if turn_end.startswith(end) else tokenizer.eos_token or ""
+    end = end.removesuffix(closing)
+    before = turn_end.removeprefix(end)
+    opened = _write_own(tokenizer, [(marks[0], None)], what)
+    asked = opened.removeprefix(first + marks[0])
+    if not middle.startswith(asked) or middle.removeprefix(asked).strip():
+        raise _misfit(what, f"it asks for an answer with {asked!r} and shows one after {middle!r}")
+    stop = _find_stop(tokenizer, end)
+    if stop is None:
+        raise _misfit(what, f"no special token ends an answer (after it stands {end!r}), so "
+                            "nothing would learn to stop")
+    shared = commonprefix([first[::-1], before[::-1]])[::-1]  # how each turn starts
+    ending, after = end.split(stop, 1)
+    template = Template(
+        first.removesuffix(shared), shared + "{q}" + asked,
+        middle.removeprefix(asked) + "{a}" + ending + stop, stop, after,
+        before.removesuffix(shared),
+    )  # fmt: skip
+    for index, (question, answer) in enumerate(_MARKED):
+        for last in ((question, answer), (question, None)):
+            turns = [*_MARKED[:index], last]
+            wanted = _write_own(tokenizer, turns, what).removesuffix(closing)
+            if render(turns, asdict(template)) != wanted:
+                raise _misfit(what, "how it writes a turn depends on where the turn stands")
+    return template
+
+
+def _write_own(tokenizer, turns, what) -> str:
+    """Turns as the tokenizer's chat template writes them, less a BOS that the tokenizer adds."""
+    messages = [{"role": role, "content": text} for turn in turns
+                for role, text in zip(("user", "assistant"), turn, strict=True) if text is not None]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False,
+                                             add_generation_prompt=turns[-1][1] is None)
+    except Exception as error:  # Jinja's, or what the template itself raises
+        raise _misfit(what, f"it fails: {error}") from error
+    adds_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
+
+
+def _find_stop(tokenizer, end: str) -> str | None:
+    """The token in `end` that ends an answer: the tokenizer's own end, or the first special one."""
+    if tokenizer.eos_token and tokenizer.eos_token in end:
+        return tokenizer.eos_token
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = [token for token in special if token in end]
+    return min(found, key=lambda token: (end.index(token), -len(token)), default=None)
+
+
+def _misfit(what, why: str) -> ValueError:
+    return ValueError(f"template {OWN!r} is the chat template of the tokenizer of {what}, but "
+                      f"{why}; take one of {', '.join(TEMPLATES)}")
+
+
 # ---- text -> ids and labels -----------------------------------------------------------------
 
 
-def prepare_tokenizer(tokenizer, template: str, what: str = "llm_dir"):
+def prepare_tokenizer(tokenizer, template, what: str = "llm_dir"):
     """Give a published tokenizer what training needs: `<video>`, and a pad token where it has none.
 
     Padding is told from text by the attention mask alone, so any token will do: the unknown token,
@@ -216,19 +320,35 @@ def prepare_tokenizer(tokenizer, template: str, what: str = "llm_dir"):
     return tokenizer
 
 
-def check_stop(template: str, tokenizer, what: str = "llm_dir") -> None:
-    """Refuse a template whose end of an answer is no token: nothing would learn to stop."""
-    stop = get_template(template).stop
-    pieces = tokenizer(stop, add_special_tokens=False).input_ids
-    if not stop.strip() or len(pieces) == 1:
+def check_stop(template, tokenizer, what: str = "llm_dir") -> None:
+    """Refuse a template whose end of an answer is not the tokenizer's.
+
+    If it is no token, nothing would learn to stop. If it is one, the template is refused where
+    another writes the same words and ends as the tokenizer does; ChatML and `plain` have no such
+    twin, so they go with every tokenizer that knows their stop. A stop of white space always goes.
+    """
+    form, end = get_template(template), tokenizer.eos_token
+    pieces = tokenizer(form.stop, add_special_tokens=False).input_ids
+    fitting = [name for name, other in TEMPLATES.items() if other.stop == end]
+    twins = [name for name in fitting if _words(TEMPLATES[name]) == _words(form)]
+    is_token = len(pieces) == 1
+    if not form.stop.strip() or (is_token and (form.stop == end or not twins)):
         return
-    end = tokenizer.eos_token
-    fitting = [name for name, form in TEMPLATES.items() if form.stop == end]
     raise ValueError(
-        f"template {template!r} ends an answer with {stop!r}, which is {len(pieces)} tokens to the "
-        f"tokenizer of {what}; its own end token is {end!r}, that of "
+        f"template {template if isinstance(template, str) else OWN!r} ends an answer with "
+        f"{form.stop!r}, which is "
+        + ("not the end token" if is_token else f"{len(pieces)} tokens")
+        + f" to the tokenizer of {what}; its own end token is {end!r}, that of "
         + (f"template {' or '.join(fitting)}" if fitting else "no template here")
-    )
+        + (f"; {OWN} takes its chat template" if tokenizer.chat_template else "")
+        + (f". If {form.stop!r} is right, name it as eos_token in its tokenizer_config.json"
+           if is_token else "")
+    )  # fmt: skip
+
+
+def _words(form: Template):
+    """What a template writes around questions: all but how an answer ends."""
+    return form.system, form.prompt
 
 
 def video_token_id(tokenizer) -> int:
@@ -240,7 +360,7 @@ def video_token_id(tokenizer) -> int:
     return index
 
 
-def stop_token_ids(template: str, tokenizer) -> list[int]:
+def stop_token_ids(template, tokenizer) -> list[int]:
     """The ids at which generation ends: the template's stop, and the tokenizer's own end."""
     stop = tokenizer(get_template(template).stop, add_special_tokens=False).input_ids
     ends = [stop[0]] if len(stop) == 1 else []

@@ -20,12 +20,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv.builders import build_processor, make_generation_config
-from tlv.chat import TEMPLATES, prepare_tokenizer, video_token_id
+from tlv.chat import OWN, TEMPLATES, prepare_tokenizer, resolve_template, video_token_id
 from tlv.checkpoint import publish
 from tlv.config import ConfigError, load_json
 from tlv.designs import ENCODERS
 from tlv.model import TlvConfig, TlvForConditionalGeneration
-from tlv.pretrained import ModelFolderError, quiet, read_config
+from tlv.pretrained import ModelFolderError, forget_code, load_part, quiet, read_config
 from tlv.published import LEGACY_LLMS, collect, find_layout, rename
 from tlv.vision import vision_part
 
@@ -74,8 +74,8 @@ def read_vision_config(source: Path, raw: dict, layout: str, vision_dir=None, se
         config = AutoConfig.for_model(**ENCODERS[LEGACY_ENCODERS[name]])
     else:
         names = ("model_name_or_path", "model_name_or_path2")
-        fields = {k: v for k, v in raw["vision_config"].items() if k not in names}
-        config = AutoConfig.for_model(**fields)
+        fields = {k: v for k, v in (raw.get("vision_config") or {}).items() if k not in names}
+        config = _make_config(source, "vision_config", fields)
     if raw.get("vision_model_name_or_path2") and second_dir is None:
         raise ModelFolderError(f"{source}: its encoder is a mixture with "
                                f"{raw['vision_model_name_or_path2']!r}, whose config it does not "
@@ -86,20 +86,29 @@ def read_vision_config(source: Path, raw: dict, layout: str, vision_dir=None, se
     return config
 
 
-def read_text_config(raw: dict, layout: str):
+def _make_config(source, what: str, fields: dict):
+    try:
+        return forget_code(AutoConfig.for_model(**fields))
+    except Exception as error:
+        raise ModelFolderError(f"{source}: {what} is not usable (model_type "
+                               f"{fields.get('model_type')!r}): {str(error)[:200]}") from error
+
+
+def read_text_config(source: Path, raw: dict, layout: str):
     """The language model's config, which legacy folders spread over their own."""
-    fields = dict(raw if layout == "legacy" else raw["text_config"])
-    kind = LEGACY_LLMS[raw["architectures"][0]] if layout == "legacy" else fields["model_type"]
-    unwanted = ("model_type", "architectures", "_name_or_path", "torch_dtype", "auto_map")
+    fields = dict(raw if layout == "legacy" else raw.get("text_config") or {})
+    if layout == "legacy":
+        fields["model_type"] = LEGACY_LLMS[raw["architectures"][0]]
+    unwanted = ("architectures", "_name_or_path", "torch_dtype")
     wanted = {k: v for k, v in fields.items() if k not in unwanted and not k.startswith("mm_")}
-    return AutoConfig.for_model(kind, **wanted)
+    return _make_config(source, "text_config", wanted)
 
 
 def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_vision_dir=None,
                      template=None, **fields) -> TlvConfig:
     """A published config.json as ours. `fields` of TlvConfig, such as num_frames, win."""
     vision = read_vision_config(source, raw, layout, vision_dir, second_vision_dir)
-    text, prefix = read_text_config(raw, layout), "mm_" if layout == "legacy" else ""
+    text, prefix = read_text_config(source, raw, layout), "mm_" if layout == "legacy" else ""
     published = raw.get("mm_projector_type" if layout == "legacy" else "connector_type")
     if published not in CONNECTOR_NAMES:
         raise ModelFolderError(f"{source}: connector {published!r} is unknown; known are "
@@ -116,13 +125,14 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
     if shape not in modes:
         raise ModelFolderError(f"{source}: image_aspect_ratio {shape!r} is not supported; "
                                f"published models use {', '.join(modes)}")
+    template = resolve_template(template or find_template(text, tokenizer), tokenizer, str(source))
     carried = dict(
         connector_type=connector, num_queries=raw.get("num_queries") or 128,
         num_groups=raw.get("group") or 1,
         num_resampler_layers=raw.get("num_resampler_layers") or 3,
         vision_feature_layer=raw.get(layer, -2), drop_first_patch=drops, image_mode=modes[shape],
         max_seq_len=raw.get("tokenizer_model_max_length") or 2048, long_rows="cut",
-        num_frames=16 if is_video else 1, template=template or find_template(text, tokenizer),
+        num_frames=16 if is_video else 1, template=template,
     )  # fmt: skip
     tokenizer = prepare_tokenizer(tokenizer, carried["template"], str(source))
     return TlvConfig(vision_config=vision, text_config=text,
@@ -136,7 +146,7 @@ def find_template(text_config, tokenizer) -> str:
     if not fitting:
         raise ModelFolderError(f"no template is known for a {text_config.model_type!r} model whose "
                                f"end token is {tokenizer.eos_token!r}; name one of "
-                               f"{', '.join(TEMPLATES)} as template")
+                               f"{', '.join(TEMPLATES)} as template, or {OWN}: the tokenizer's")
     return fitting[0]
 
 
@@ -225,12 +235,11 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
         raise ModelFolderError(str(error)) from error
     try:
         with quiet():  # a published model type is news to transformers
-            tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer_dir or source, local_files_only=True
-            )
-    except Exception as error:
-        raise ModelFolderError(f"{tokenizer_dir or source}: no tokenizer in it; give the language "
-                               "model's folder as tokenizer_dir") from error
+            what = "source" if tokenizer_dir is None else "tokenizer_dir"
+            tokenizer = load_part(AutoTokenizer, tokenizer_dir or source, what)
+    except ModelFolderError as error:
+        raise ModelFolderError(f"{error}; give the language model's folder as tokenizer_dir"
+                               ) from error  # fmt: skip
     config = translate_config(
         source, raw, layout, tokenizer, vision_dir=vision_dir,
         second_vision_dir=second_vision_dir, template=template, **fields,
@@ -260,12 +269,19 @@ def main(arguments=None) -> None:
     parser.add_argument("--tokenizer-dir", help="the LLM's folder, where no tokenizer is inside")
     parser.add_argument("--template", help="overrules the one that follows from the LLM")
     parser.add_argument("--num-frames", type=int, help="of a clip; 16 for video connectors, else 1")
+    parser.add_argument("--sampling", choices=("uniform", "fps"),
+                        help="how frames are chosen; fps for the checkpoints named 1fps")
+    parser.add_argument("--fps", type=float, help="frames per second, of --sampling fps")
+    parser.add_argument("--max-frames", type=int, help="of a clip at most, of --sampling fps")
     options = vars(parser.parse_args(arguments))
     options = {key: value for key, value in options.items() if value is not None}
+    if options.get("sampling") != "fps" and {"fps", "max_frames"} & set(options):
+        parser.error("--fps and --max-frames say nothing without --sampling fps")
     config = convert(options.pop("source"), options.pop("out"), **options)
     print(json.dumps({key: getattr(config, key) for key in (
-        "connector_type", "template", "num_frames", "vision_feature_layer", "drop_first_patch",
-        "image_mode", "max_seq_len")}, indent=1))  # fmt: skip
+        "connector_type", "template", "num_frames", "sampling", "fps", "max_frames",
+        "vision_feature_layer", "drop_first_patch", "image_mode", "max_seq_len",
+    )}, indent=1))  # fmt: skip
 
 
 if __name__ == "__main__":

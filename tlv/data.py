@@ -8,6 +8,7 @@ too. Taught in notebooks 03 and 04.
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,14 @@ class VideoTextDataset(Dataset):
         notes = [BadSample(name, limit, is_used=True)] if cut else []
         return {"id": name, "clip": clip, "rows": rows, "notes": notes, **keys}
 
+    def usable(self, limit: int) -> list[dict]:
+        """The first `limit` samples that are not bad: what a notebook can show. Raises BadRow."""
+        items = ((sample, self[index]) for index, sample in enumerate(self.samples))
+        good = [s for s, item in islice((x for x in items if isinstance(x[1], dict)), limit)]
+        if not good:
+            raise BadRow(f"all {len(self)} samples are bad; the first: {self[0].reason}")
+        return good
+
     def path(self, sample) -> Path | None:
         """The sample's clip or picture; None for a sample of text alone."""
         paths = self.paths(sample)
@@ -131,7 +140,8 @@ class VideoTextDataset(Dataset):
         rows = [encode(c, self.template, self.tokenizer, num_tokens) for c in conversations]
         if self.turns == "isolated":
             rows = [isolate(rows)]
-        return [fit_row(row, self.config.max_seq_len, self.config.long_rows) for row in rows]
+        limits = self.config.max_seq_len, self.config.long_rows, video_token_id(self.tokenizer)
+        return [fit_row(row, *limits) for row in rows]
 
     def _spread(self, rows, rng) -> list[dict]:
         placeholder = video_token_id(self.tokenizer)
@@ -175,23 +185,24 @@ class BadRow(ValueError):
     """A row that cannot be trained on."""
 
 
-def fit_row(row: dict, max_seq_len: int, long_rows: str) -> dict:
+def fit_row(row: dict, max_seq_len: int, long_rows: str, placeholder: int) -> dict:
     """The row with `num_cut`, the tokens that were cut off its end. Raises BadRow.
 
     long_rows = "skip" refuses a row that is too long. "cut" is what published code does: as video
     tokens stand in the row already, this equals cutting after the fusion. A row without an answer,
-    or without one before the cut, is refused.
+    or whose clip would be cut, is refused.
     """
-    length = len(row["input_ids"])
-    if length > max_seq_len and long_rows == "skip":
-        raise BadRow(f"its sequence has {length} tokens, max_seq_len is {max_seq_len}; "
-                     "split the conversation or take fewer video tokens")
-    row = {name: values[:max_seq_len] for name, values in row.items()}
+    ids, kept = row["input_ids"], {name: values[:max_seq_len] for name, values in row.items()}
+    advice = f"max_seq_len is {max_seq_len}; split the conversation or take fewer video tokens"
+    if len(ids) > max_seq_len and long_rows == "skip":
+        raise BadRow(f"its sequence has {len(ids)} tokens, {advice}")
+    if placeholder in ids[max_seq_len:]:
+        raise BadRow(f"its clip ends beyond what is kept of {len(ids)} tokens, {advice}")
     if all(label == IGNORE_INDEX for label in row["labels"]):
-        where = f" among the first {max_seq_len} of {length}" if length > max_seq_len else ""
-        raise BadRow(f"no token of it is an answer{where}; give every turn an answer"
-                     + (", or take fewer video tokens" if where else ""))
-    return {**row, "num_cut": max(0, length - max_seq_len)}
+        raise BadRow("no token of it is an answer; give every turn an answer")
+    if all(label == IGNORE_INDEX for label in kept["labels"]):
+        raise BadRow(f"no answer is among what is kept of {len(ids)} tokens, {advice}")
+    return {**kept, "num_cut": max(0, len(ids) - max_seq_len)}
 
 
 # ---- features of a frozen encoder, computed once --------------------------------------------

@@ -71,8 +71,11 @@ HAS_CLASS_TOKEN = ("clip_vision_model", "dinov2", "tlv_mixture")
 def make_design(encoder: str, llm: str, **fields) -> TlvConfig:
     """The config of a model of a published encoder and LLM; `fields` are those of TlvConfig.
 
-    A class token is left out, as every published model does. KeyError for an unknown name.
+    A class token is left out, as every published model does. ValueError for an unknown name.
     """
+    for part, name, known in (("encoder", encoder, ENCODERS), ("llm", llm, LLMS)):
+        if name not in known:
+            raise ValueError(f"{part} {name!r} is unknown; known are {', '.join(known)}")
     vision = ENCODERS[encoder]
     fields = {"drop_first_patch": vision["model_type"] in HAS_CLASS_TOKEN} | fields
     return TlvConfig(vision_config=dict(vision), text_config=dict(LLMS[llm]), **fields)

@@ -62,7 +62,7 @@ class TlvConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     drop_first_patch: bool = False
     video_token_id: int = 0  # may lie outside the vocabulary
-    template: str = "qwen2_base"
+    template: str | dict = "qwen2_base"  # or the fields of the tokenizer's own: tlv.chat.Template
     num_frames: int = 16
     sampling: str = "uniform"  # or "fps": fps frames per second, at most max_frames
     fps: float = 1.0

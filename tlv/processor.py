@@ -42,6 +42,12 @@ def _crop(frame: Image.Image, side: int, colour) -> Image.Image:
 IMAGE_MODES = {"square": _squash, "pad": _pad, "crop": _crop}
 
 
+def picture_side(image_processor) -> int:
+    """Height and width in pixels of the pictures that an image processor makes."""
+    size = getattr(image_processor, "crop_size", None) or image_processor.size
+    return size.get("height") or size["shortest_edge"]
+
+
 class TlvProcessor(ProcessorMixin):
     """An image processor, a tokenizer with `<video>`, and how many frames and tokens a clip has.
 
@@ -133,8 +139,7 @@ class TlvProcessor(ProcessorMixin):
     @property
     def side(self) -> int:
         """Height and width in pixels of what the encoder takes."""
-        size = getattr(self.image_processor, "crop_size", None) or self.image_processor.size
-        return size.get("height") or size["shortest_edge"]
+        return picture_side(self.image_processor)
 
     def _mean_colour(self) -> tuple[int, ...]:
         return tuple(int(mean * 255) for mean in self.image_processor.image_mean)

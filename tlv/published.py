@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from tlv.config import load_json
-from tlv.pretrained import ModelFolderError
+from tlv.pretrained import ModelFolderError, read_shards
 
 LEGACY_LLMS = {
     "TinyLlavaLlamaForCausalLM": "llama",
@@ -28,6 +28,13 @@ PARTS = {  # of a pretraining run: folder, and what its names stand below in a f
     "language_model": "language_model.",
     "vision_tower": "vision_tower._vision_tower.",
     "connector": "connector.",
+}
+OTHER_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+DINOV2_NAMES = {  # transformers 5 has other ones
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
 }
 
 
@@ -62,12 +69,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder: safetensors before .bin, sharded or not; shards must be complete."""
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{ending}.index.json"
-        files = sorted(set(load_json(index)["weight_map"].values())) if index.is_file() else []
+        files = read_shards(index, "source") if index.is_file() else []
         files = files or [f"{stem}.{ending}"] * (folder / f"{stem}.{ending}").is_file()
-        missing = [name for name in files if not (folder / name).is_file()]
-        if missing:
-            raise ModelFolderError(f"{folder}: {index.name} names {', '.join(missing)}, which "
-                                   "is not there; the copy is unfinished")
         if files:
             return {k: v for name in files for k, v in _read_file(folder / name).items()}
     raise ModelFolderError(f"{folder}: no weights in it (model.safetensors or pytorch_model.bin, "
@@ -107,20 +110,39 @@ def _modernise(name: str) -> str:
 
 
 def merge_adapter(source: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Add each adapter's alpha / r * B A to its matrix, in float32."""
+    """Add each adapter's alpha / r * B A to its matrix, in float32. All of the adapter is used."""
     settings = load_json(source / "adapter_config.json")
-    if settings.get("use_rslora") or settings.get("use_dora"):
-        raise ModelFolderError(f"{source}: adapter_config.json asks for rslora or dora; plain LoRA "
-                               "is what TinyLLaVA Factory writes")
+    if others := [name for name in OTHER_LORA if settings.get(name)]:
+        raise ModelFolderError(f"{source}: adapter_config.json asks for {', '.join(others)}; plain "
+                               "LoRA is what TinyLLaVA Factory writes")
+    if not settings.get("r") or "lora_alpha" not in settings:
+        raise ModelFolderError(f"{source}: adapter_config.json lacks r or lora_alpha, of which "
+                               "the adapter's weight follows")
     scale = settings["lora_alpha"] / settings["r"]
-    adapter = _read_file(source / "adapter_model.safetensors")
-    for name in [name for name in adapter if name.endswith(".lora_A.weight")]:
-        up = adapter[name.replace(".lora_A.", ".lora_B.")].float()
-        target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
-        if target not in weights:
-            raise ModelFolderError(f"{source}: the adapter of {target} has no matrix to add to")
-        base = weights[target]
-        weights[target] = (base.float() + scale * up @ adapter[name].float()).to(base.dtype)
+    for name, (down, up) in _pair(source, _read_file(source / "adapter_model.safetensors")).items():
+        if name not in weights:
+            raise ModelFolderError(f"{source}: the adapter of {name} has no matrix to add to")
+        base, change = weights[name], scale * up.float() @ down.float()
+        if change.shape != base.shape:
+            raise ModelFolderError(f"{source}: the adapter of {name} is {tuple(change.shape)} and "
+                                   f"its matrix {tuple(base.shape)}; they are of two models")
+        weights[name] = (base.float() + change).to(base.dtype)
+
+
+def _pair(source: Path, adapter: dict[str, torch.Tensor]) -> dict:
+    """An adapter's tensors as {the matrix that they change: (A, B)}. Raises ModelFolderError."""
+    pairs = {}
+    for name, tensor in adapter.items():
+        stem, kind = re.fullmatch(r"(.*?)(?:\.lora_([AB])\.weight)?", name).groups()
+        if kind is None:
+            raise ModelFolderError(f"{source}: adapter_model.safetensors holds {name}, which is "
+                                   "no LoRA matrix (.lora_A.weight, .lora_B.weight)")
+        other = f"{stem}.lora_{'B' if kind == 'A' else 'A'}.weight"
+        if other not in adapter:
+            raise ModelFolderError(f"{source}: adapter_model.safetensors holds {name} but not "
+                                   f"{other}; the copy is unfinished")
+        pairs.setdefault(stem.removeprefix("base_model.model.") + ".weight", {})[kind] = tensor
+    return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
 def rename(name: str) -> str:
@@ -141,4 +163,6 @@ def rename(name: str) -> str:
 
 
 def _bare(name: str) -> str:
+    for old, new in DINOV2_NAMES.items():
+        name = name.replace(old, new)
     return name.removeprefix("vision_model.")  # transformers 5 has no such level

@@ -103,6 +103,14 @@ def fill(text: str, name: str, table: str) -> str:
     return text
 
 
+def filled(text: str, preset: str) -> str:
+    """The README with all its tables as outputs/<preset>/ has them."""
+    tables = {"costs": cost_table, "results": result_table, "long": long_table, "grid": grid_table}
+    for name, table in tables.items():
+        text = fill(text, name, table(preset))
+    return text
+
+
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tlv.report", description=__doc__)
     parser.add_argument("action", choices=["costs", "readme"])
@@ -112,10 +120,7 @@ def main(arguments=None) -> int:
         print(cost_table(options.preset))
         return 0
     path = ROOT / "README.md"
-    text = fill(path.read_text(), "costs", cost_table(options.preset))
-    text = fill(text, "results", result_table(options.preset))
-    text = fill(text, "long", long_table(options.preset))
-    write_text(path, fill(text, "grid", grid_table(options.preset)))
+    write_text(path, filled(path.read_text(), options.preset))
     print("README.md: tables filled")
     return 0
 

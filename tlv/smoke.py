@@ -7,6 +7,7 @@ Taught in notebook 00.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from tlv import ROOT
@@ -53,8 +54,21 @@ def _find_or_make(folder, sign: str, what: str, make) -> Path:
                 f"{folder / sign} is missing: run the notebook that writes it, or `dvc repro`"
             )
         print(f"nothing in {folder.relative_to(ROOT)} yet: making {what} (smoke scale)")
-        make(folder)
+        _make_whole(folder, sign, make)
     return folder
+
+
+def _make_whole(folder: Path, sign: str, make) -> None:
+    """Beside its place first, and `sign` last: what was broken off is made again."""
+    draft = folder.with_name(f"{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    make(draft)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in sorted(draft.iterdir(), key=lambda part: part.name == Path(sign).parts[0]):
+        if (folder / part.name).is_dir():
+            shutil.rmtree(folder / part.name)
+        part.replace(folder / part.name)
+    draft.rmdir()
 
 
 def _world(folder: Path):

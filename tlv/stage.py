@@ -117,8 +117,18 @@ def main(arguments=None) -> int:
         if type(error).__name__ not in ("PapermillExecutionError", "DeadKernelError"):
             raise
         print(f"error: {options.name} stopped: {error}", file=sys.stderr)
+        print(f"error: {options.name} stopped: {_last_words(error, options)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _last_words(error, options) -> str:
+    """What went wrong in one line. What a notebook calls its parameters is a file here."""
+    said = str(getattr(error, "evalue", error)).strip()
+    path = f"params/{options.preset}/{options.name}.yaml"
+    if said.startswith("parameters: "):
+        return said.replace("parameters", path, 1)
+    return f"{said} (settings: {path})"
 
 
 if __name__ == "__main__":

@@ -115,7 +115,11 @@ def make_pictures(out_dir, *, seed: int, num_train: int, num_val: int, num_test:
 
 
 def read_card(folder) -> dict:
-    """The data card of a world folder, its paths made absolute. Errors name what is missing."""
+    """The data card of a world folder, its paths made absolute. Errors name what is missing.
+
+    `pair_dir` is an image-text pair (SigLIP, CLIP), which filters clips and chooses frames; where a
+    card does not name one, it is the encoder's folder.
+    """
     path = Path(folder) / "world.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no data card; run notebook 00 first (or `dvc repro`)")
@@ -123,7 +127,8 @@ def read_card(folder) -> dict:
     missing = [key for key in CARD_KEYS if key not in card]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; a card names {', '.join(CARD_KEYS)}")
-    for key in (*CARD_KEYS, "truth"):
+    card.setdefault("pair_dir", card["vision_dir"])
+    for key in (*CARD_KEYS, "pair_dir", "truth"):
         if card.get(key):
             card[key] = Path(folder) / card[key]  # an absolute path stays as it is
     return card

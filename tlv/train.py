@@ -275,6 +275,9 @@ def start_engine(config: TrainConfig, model):
     """Wrap the model: AdamW over the recipe's groups, ZeRO stage from the JSON file."""
     import deepspeed
 
+    if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise ConfigError("precision = 'fp16' needs a GPU; take 'bf16' or 'fp32' here")
+
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.learning_rates(), config.weight_decay), betas=(0.9, 0.999))
     settings = load_json(resolve(config.zero_config)) | {

@@ -12,9 +12,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlv.chat import ConversationError, parse_conversation, visual_of
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from tlv.chat import parse_conversation, visual_of
 from tlv.config import ConfigError, load_json, resolve
-from tlv.pretrained import ModelFolderError, read_config
+from tlv.pretrained import ModelFolderError, check_weights, load_part, read_config
 from tlv.toy_data import CARD_KEYS
 from tlv.video import VideoError, sample_frames
 
@@ -36,24 +39,20 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     `decode` also reads a frame of every clip, which takes a while. ConfigError if the card itself
     cannot be read.
     """
-    card, problems, counts, seen = load_json(path), [], Counter(), {}
-    missing = [key for key in CARD_KEYS if not card.get(key)]
-    if missing:
-        raise ConfigError(f"{path}: lacks {', '.join(missing)}; a card names "
-                          f"{', '.join(CARD_KEYS)}")
+    card, problems, counts, seen = _read_card(path), [], Counter(), {}
     videos = resolve(card["videos_dir"])
     if not videos.is_dir():
         problems.append(Problem("videos_dir", f"{videos}: no such folder"))
-    for part in ("vision_dir", "llm_dir"):
+    for part, loader in (("vision_dir", AutoImageProcessor), ("llm_dir", AutoTokenizer)):
         try:
-            read_config(resolve(card[part]), part)
+            _check_folder(resolve(card[part]), part, loader)
         except ModelFolderError as error:
             problems.append(Problem(part, str(error)))
     for part in (*MANIFESTS, "test_questions"):
         check = _check_question if part == "test_questions" else _check_sample
         try:
             samples = load_json(resolve(card[part]))
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             problems.append(Problem(part, str(error)))
             continue
         if not isinstance(samples, list) or not samples:
@@ -64,15 +63,53 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
             try:
                 check(sample)
                 _check_visual(sample, videos, decode, seen)
-            except (ConversationError, ValueError) as error:
+            except (ValueError, OSError) as error:
                 problems.append(Problem(part, f"#{number}: {error}"))
     return problems, counts
+
+
+def _read_card(path) -> dict:
+    """A card with every part named. Raises ConfigError."""
+    try:
+        card = load_json(path)
+    except OSError as error:  # a folder, say
+        raise ConfigError(f"{path}: not readable: {error}") from error
+    names = ", ".join(CARD_KEYS)
+    if not isinstance(card, dict):
+        raise ConfigError(f"{path}: {card!r:.60} is no JSON object; a card names {names}")
+    missing = [key for key in CARD_KEYS if not card.get(key)]
+    if missing:
+        raise ConfigError(f"{path}: lacks {', '.join(missing)}; a card names {names}")
+    for key in CARD_KEYS:
+        if not isinstance(card[key], str):
+            raise ConfigError(f"{path}: {key} = {card[key]!r:.60} must be a path in quotes")
+    return card
+
+
+def _check_folder(path: Path, part: str, loader) -> None:
+    """A model's folder is whole: config, every file of the weights, tokenizer or processor."""
+    read_config(path, part)
+    check_weights(path, part)
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):  # reads what should be in it, and its length
+                pass
+        except Exception as error:
+            raise ModelFolderError(f"{part} = {path}: {file.name} is torn or no safetensors file; "
+                                   "copy it again") from error
+    load_part(loader, path, part, **{"backend": "pil"} if loader is AutoImageProcessor else {})
 
 
 def _check_sample(sample) -> None:
     if not isinstance(sample, dict):
         raise ValueError(f"{sample!r:.60} is no JSON object")
+    turns = sample.get("conversations")
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict) and not isinstance(turn.get("from", ""), str):
+            raise ValueError(f"from {turn['from']!r:.60} must be 'human' or 'gpt'")
     parse_conversation(sample)
+    if not isinstance(sample.get("query") or "", str):
+        raise ValueError(f"query {sample['query']!r:.60} must be text")
 
 
 def _check_question(question) -> None:
@@ -82,6 +119,12 @@ def _check_question(question) -> None:
         raise ValueError(f"lacks {', '.join(lacking)}; a question has {', '.join(QUESTION_KEYS)}")
     if question["form"] not in ("free", "choice"):
         raise ValueError(f"form {question['form']!r} must be 'free' or 'choice'")
+    for key in ("video", "type", "question", "answer"):
+        if not isinstance(question[key], str) or not question[key].strip():
+            raise ValueError(f"{key} {question[key]!r:.60} must be text")
+    options = question["options"]
+    if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
+        raise ValueError(f"options {options!r:.60} must be a list of texts, [] for a free answer")
     letters = [chr(ord("A") + n) for n in range(len(question["options"]))]
     if question["form"] == "choice" and question["answer"] not in letters:
         raise ValueError(f"answer {question['answer']!r} must be one of the letters "
@@ -89,21 +132,29 @@ def _check_question(question) -> None:
 
 
 def _check_visual(sample, videos: Path, decode: bool, seen: dict) -> None:
-    """The sample's file is there and, with `decode`, gives a frame; each file is tried once."""
-    file = visual_of(sample)
-    if file is None:
-        return
-    if file not in seen:
-        path, seen[file] = videos / file, ""
-        if not path.is_file():
-            seen[file] = f"{file}: not in videos_dir"
-        elif decode:
-            try:
-                sample_frames(path, num_frames=1)
-            except VideoError as error:
-                seen[file] = f"{file}: {error.reason}"
-    if seen[file]:
-        raise ValueError(seen[file])
+    """Every file of the sample is there and, with `decode`, gives a frame; each is tried once."""
+    found = visual_of(sample)
+    files = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(file, str) and file for file in files):
+        raise ValueError(f"video {found!r:.60} must be a file name relative to videos_dir, or a "
+                         "list of some")
+    for file in files:
+        if file not in seen:
+            seen[file] = _look_at(file, videos / file, decode)
+        if seen[file]:
+            raise ValueError(seen[file])
+
+
+def _look_at(file: str, path: Path, decode: bool) -> str:
+    """What is wrong with a clip or picture; nothing: ""."""
+    if not path.is_file():
+        return f"{file}: not in videos_dir"
+    try:
+        if decode:
+            sample_frames(path, num_frames=1)
+    except VideoError as error:
+        return f"{file}: {error.reason}"
+    return ""
 
 
 def main(arguments=None) -> int:
