@@ -305,7 +305,8 @@ def test_16_bit_without_zero_follows_16_bit_with_it(configure):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed has fp16 on GPUs alone")
 def test_fp16_follows_fp32_on_a_gpu(configure):
-    half = run(configure(precision="fp16", device="cuda", zero_config="params/deepspeed_zero3.json"))
+    zero = "params/deepspeed_zero3.json"
+    half = run(configure(precision="fp16", device="cuda", zero_config=zero))
     assert losses(half) == close(run(configure("full", device="cuda")), 0.02)
 
 
