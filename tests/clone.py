@@ -12,19 +12,24 @@ import yaml
 from tlv import ROOT
 
 
-def run(command, folder, **options) -> str:
-    """Run a command in `folder` with its own tlv; returns what it printed, fails with it."""
+def environment(folder) -> dict[str, str]:
+    """What commands in `folder` run with: its own tlv, one thread, nothing of an outer pipeline."""
     outer = ("GIT_", "DVC_", "MAKE", "MFLAGS")
     env = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
-    env |= {
+    return env | {
         "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
         "PYTHONPATH": str(folder),
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(Path(folder).parent / "site-cache"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, cwd=folder, env=env, text=True, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)  # fmt: skip
+
+
+def run(command, folder, **options) -> str:
+    """Run a command in `folder` with its own tlv; returns what it printed, fails with it."""
+    done = subprocess.run(command, cwd=folder, env=environment(folder), text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, **options)  # fmt: skip
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}"
     return done.stdout
 

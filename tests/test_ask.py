@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tlv.ask import answer, main
-from tlv.chat import render
 from tlv.mp4 import write_video
+from tlv.templates import render
 
 
 @pytest.fixture

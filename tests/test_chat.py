@@ -8,21 +8,23 @@ from transformers import PreTrainedTokenizerFast
 
 from tlv.chat import (
     IGNORE_INDEX,
-    TEMPLATES,
-    ConversationError,
     check_stop,
-    derive_template,
     encode,
-    get_template,
     parse_conversation,
     prepare_tokenizer,
     query_of,
-    render,
-    resolve_template,
     stop_token_ids,
-    to_jinja,
     with_video,
     write_conversation,
+)
+from tlv.templates import (
+    TEMPLATES,
+    ConversationError,
+    derive_template,
+    get_template,
+    render,
+    resolve_template,
+    to_jinja,
 )
 
 SYSTEM = (

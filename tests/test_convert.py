@@ -13,12 +13,12 @@ from toy_tokenizer import make_tokenizer
 from transformers import AutoTokenizer
 
 from tlv.builders import load_model
-from tlv.chat import render
 from tlv.convert import convert, main, translate_config, unseen_names
 from tlv.designs import count_parameters, count_tokens, paper_config
 from tlv.model import TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
 from tlv.published import LEGACY_LLMS, rename
+from tlv.templates import render
 
 D, D_V, V, HIDDEN = 32, 24, 320, 48  # widths of LLM and encoder, vocabulary, encoder's MLP
 LLM_LAYERS, VISION_LAYERS = 2, 3
@@ -635,6 +635,26 @@ def test_the_published_config_becomes_the_paper_model(tokenizer):
         assert getattr(config.text_config, name) == getattr(ours.text_config, name), name
     for name in ("layer_norm_eps", "hidden_act", "image_size", "patch_size"):
         assert getattr(config.vision_config, name) == getattr(ours.vision_config, name), name
+
+
+def test_the_template_may_be_the_tokenizers_own_and_must_end_as_it_does(write, tmp_path):
+    source = write(make_weights())
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(source)
+    with pytest.raises(ValueError, match="'qwen2_base' ends an answer with .* own takes its chat"):
+        convert(source, tmp_path / "out", template="qwen2_base")
+    assert convert(source, tmp_path / "out", template="own").template["stop"] == "<|im_end|>"
+    model, processor = load_model(tmp_path / "out")
+    turns, messages = [("Who?", "He.")], [("user", "Who?"), ("assistant", "He.")]
+    wanted = tokenizer.apply_chat_template(
+        [dict(role=role, content=text) for role, text in messages], tokenize=False
+    )
+    assert render(turns, model.config.template) == wanted
 
 
 def test_the_tokenizer_may_come_from_the_llms_folder(write, tmp_path, tokenizer):

@@ -7,8 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tlv.ask import answer
 from tlv.builders import build_model, load_model, with_connector
-from tlv.chat import IGNORE_INDEX, encode, render
+from tlv.chat import IGNORE_INDEX, encode
 from tlv.model import TlvConfig
+from tlv.templates import render
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives",

@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from tlv.builders import build_model, load_model
-from tlv.chat import IGNORE_INDEX, encode, render
+from tlv.chat import IGNORE_INDEX, encode
 from tlv.designs import count_parameters, paper_config
 from tlv.model import TlvConfig, TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
+from tlv.templates import render
 from tlv.vision import count_unseen, encode_frames, load_vision_encoder
 
 ASKED = [("<video>\nWhat is he doing?", "Running.")]

@@ -4,17 +4,22 @@ Most tests run six stand-in notebooks that write every declared output in a mome
 real one. The last ones run the real notebooks at smoke scale, and check the committed lock.
 """
 
+import fcntl
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
 import yaml
-from clone import commit, make_clone, repro, run, stages, use_preset
+from clone import commit, environment, make_clone, repro, run, stages, use_preset
 
-from tlv import ROOT, notebooks, pipeline
+from tlv import ROOT, checkpoint, notebooks, pipeline
 
 pytestmark = pytest.mark.slow
 NAMES = [name for name in stages() if not name.startswith("image_")]
@@ -232,9 +237,11 @@ def test_modules_are_followed_through_imports_and_names(tmp_path):
 # ---- the real notebooks ---------------------------------------------------------------------
 
 
-def test_real_notebooks_run_at_smoke_scale_and_only_once(tmp_path):
-    """All parameters are the notebooks' defaults, except where they read: the stages before."""
-    folder = make_clone(tmp_path / "clone")
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A clone in which the real notebooks ran once. All parameters are the notebooks' defaults,
+    except where they read: the stages before."""
+    folder = make_clone(tmp_path_factory.mktemp("real") / "clone")
     params = {}
     for name in map(own_folder, NAMES + IMAGE):
         values = yaml.safe_load((folder / f"params/tiny/{name}.yaml").read_text()) or {}
@@ -246,11 +253,34 @@ def test_real_notebooks_run_at_smoke_scale_and_only_once(tmp_path):
         }
     use_preset(folder, "smoke", params)
     assert set(NAMES + IMAGE) <= set(repro(folder))
-    metrics = json.loads((folder / "outputs/smoke/05_evaluation/metrics.json").read_text())
+    return folder
+
+
+def test_real_notebooks_run_at_smoke_scale_and_only_once(real):
+    metrics = json.loads((real / "outputs/smoke/05_evaluation/metrics.json").read_text())
     assert metrics["num_questions"] > 0 and "other/type/colour" in metrics
-    pictures = json.loads((folder / "outputs/smoke/image/05_evaluation/metrics.json").read_text())
+    pictures = json.loads((real / "outputs/smoke/image/05_evaluation/metrics.json").read_text())
     assert "accuracy/type/place" in pictures and "accuracy/type/order" not in pictures
-    assert repro(folder) == []
+    assert repro(real) == []
+
+
+def test_a_killed_pipeline_goes_on_where_its_training_was(real):
+    path = real / "params/smoke/03_pretraining.yaml"
+    values = yaml.safe_load(path.read_text()) | {"num_steps": 200, "save_every": 10}
+    path.write_text(yaml.safe_dump(values))
+    command = ["dvc", "repro", "03_pretraining"]
+    process = subprocess.Popen(command, cwd=real, env=environment(real), start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    root, stop = real / "outputs/.resume/smoke/03_pretraining", time.time() + 120
+    while not any(checkpoint.list_steps(folder) for folder in root.glob("*")):
+        assert process.poll() is None and time.time() < stop, "no checkpoint was written"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with open(root / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # kernel and ranks end when they find their parent gone
+    said = run(command, real)
+    assert re.search(r"resuming at step \d+0", said), said[-2000:]
 
 
 def test_committed_lock_belongs_to_the_committed_code(tmp_path):

@@ -8,9 +8,9 @@ from transformers import AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tlv.chat import render
 from tlv.mp4 import write_video
 from tlv.processor import TlvProcessor
+from tlv.templates import render
 
 PROMPT = "<video>\nWhat is he doing?"
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from toy_tokenizer import make_tokenizer
 
-from tlv.chat import IGNORE_INDEX, TEMPLATES, encode, prepare_tokenizer, render
+from tlv.chat import IGNORE_INDEX, encode, prepare_tokenizer
+from tlv.templates import TEMPLATES, render
 
 SEPARATOR = " ASSISTANT: "
 WORDS = ["cat", "dog", "park", "runs", "the", "a", "3", "42", "no", "yes.", "l'été", "日本", "USER",

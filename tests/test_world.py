@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tlv import defects, questions, world
-from tlv.chat import ConversationError, parse_conversation
+from tlv.chat import parse_conversation
 from tlv.evaluate import extract_choice
+from tlv.templates import ConversationError
 from tlv.toy_data import make_pictures, make_world, read_card
 from tlv.video import VideoError, read_frames, read_image
 

@@ -11,8 +11,9 @@ import torch
 
 from tlv import long_video
 from tlv.builders import load_model
-from tlv.chat import query_of, render, with_video
+from tlv.chat import query_of, with_video
 from tlv.pretrained import ModelFolderError
+from tlv.templates import render
 from tlv.video import Clip, VideoError, is_picture
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tlv import chat, corpus, questions, world
+from tlv import chat, corpus, questions, templates, world
 from tlv.background import Background
 from tlv.isolation import isolate, pad_rows
 
@@ -62,7 +62,7 @@ def train_backbones(
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     rng = np.random.default_rng([seed, 0])
     lessons = [corpus.write_lesson(rng, i / num_texts) for i in range(num_texts)]
-    texts = [chat.render([turn], template) for turns in lessons for turn in turns]
+    texts = [templates.render([turn], template) for turns in lessons for turn in turns]
     texts += [questions.frame_caption(facts) for facts in corpus.write_frames(rng, num_texts)[1]]
     shared = dict(tokenizer=train_tokenizer(texts), seed=seed, batch_size=batch_size, device=device)
     llm = dict(

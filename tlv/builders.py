@@ -13,17 +13,12 @@ from transformers import (
     GenerationConfig,
 )
 
-from tlv.chat import (
-    prepare_tokenizer,
-    resolve_template,
-    stop_token_ids,
-    to_jinja,
-    video_token_id,
-)
+from tlv.chat import prepare_tokenizer, stop_token_ids, video_token_id
 from tlv.model import TlvConfig, TlvForConditionalGeneration, new_connector
 from tlv.pretrained import ModelFolderError, load_part, load_pretrained, read_config
 from tlv.processor import SELECTOR, TlvProcessor, picture_side
 from tlv.selector import load_selector
+from tlv.templates import resolve_template, to_jinja
 from tlv.vilamp import Vilamp
 from tlv.vision import count_patches, load_mixture, load_vision_encoder, vision_part
 

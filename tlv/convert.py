@@ -20,13 +20,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv.builders import build_processor, make_generation_config
-from tlv.chat import OWN, TEMPLATES, prepare_tokenizer, resolve_template, video_token_id
+from tlv.chat import prepare_tokenizer, video_token_id
 from tlv.checkpoint import publish
 from tlv.config import ConfigError, load_json
 from tlv.designs import ENCODERS
 from tlv.model import TlvConfig, TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError, forget_code, load_part, quiet, read_config
 from tlv.published import LEGACY_LLMS, collect, find_layout, rename
+from tlv.templates import OWN, TEMPLATES, resolve_template
 from tlv.vision import vision_part
 
 LOG = logging.getLogger(__name__)

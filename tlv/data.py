@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from tlv.bad_samples import BadSample
 from tlv.chat import (
     IGNORE_INDEX,
-    VIDEO_TOKEN,
-    ConversationError,
     check_stop,
     encode,
     parse_conversation,
@@ -32,6 +30,7 @@ from tlv.config import ConfigError, load_json
 from tlv.isolation import isolate, pad_rows
 from tlv.positions import spread
 from tlv.selector import QueryError
+from tlv.templates import VIDEO_TOKEN, ConversationError
 from tlv.video import VideoError
 from tlv.vision import count_patches
 

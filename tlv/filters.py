@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tlv.chat import ConversationError, parse_conversation
+from tlv.chat import parse_conversation
+from tlv.templates import ConversationError
 from tlv.video import VideoError, sample_frames
 
 GRID = 16  # cells per side of a clip's signature

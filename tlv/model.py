@@ -22,10 +22,10 @@ from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 import tlv.openelm  # noqa: F401  the Auto classes know it from here on
-from tlv.chat import get_template
 from tlv.connectors import build_connector
 from tlv.processor import TlvProcessor
 from tlv.resamplers import LATENTS
+from tlv.templates import get_template
 from tlv.vilamp import Vilamp
 from tlv.vision import count_patches, encode_frames
 
@@ -62,7 +62,7 @@ class TlvConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     drop_first_patch: bool = False
     video_token_id: int = 0  # may lie outside the vocabulary
-    template: str | dict = "qwen2_base"  # or the fields of the tokenizer's own: tlv.chat.Template
+    template: str | dict = "qwen2_base"  # or the fields of a tlv.templates.Template
     num_frames: int = 16
     sampling: str = "uniform"  # or "fps": fps frames per second, at most max_frames
     fps: float = 1.0

@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from tlv.chat import VIDEO_TOKEN, video_token_id
+from tlv.chat import video_token_id
 from tlv.keyframes import choose_keyframes, count_clip_tokens
+from tlv.templates import VIDEO_TOKEN
 from tlv.video import Clip, plan_frames, sample_frames
 
 SELECTOR = "selector"  # the folder of the image-text pair, below the model's
