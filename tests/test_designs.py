@@ -75,6 +75,13 @@ def test_the_list_of_weights_names_every_part_of_the_designs():
     assert [name for name in (*LLMS, *singles) if name not in text] == []
 
 
+def test_connectors_that_are_compared_give_as_many_tokens():
+    groups = {"group_resampler": 16, "naive_resampler": 16, "frame_resampler": 16, "mean_pool": 8}
+    for connector, num_groups in groups.items():
+        design = make_design(SIGLIP, QWEN, connector_type=connector, num_groups=num_groups)
+        assert count_tokens(design, 16) == 512, connector
+
+
 def test_siglip_without_its_first_patch_gives_728_tokens():
     design = make_design(SIGLIP, QWEN, connector_type="linear", drop_first_patch=True)
     assert count_tokens(design, 1) == 728

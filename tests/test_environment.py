@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -58,6 +59,20 @@ def test_conda_environment_reads_the_same_pins():
     assert f">={python.split('=')[1]}" in project()["requires-python"]
     assert "pip" in plain
     assert {d.split("=")[0] for d in plain} <= {"python", "pip", "git", "make"}
+
+
+def test_make_installs_once(tmp_path):
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv/installed.txt")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    call = dict(cwd=tmp_path, env=env, text=True, capture_output=True)
+    done = subprocess.run(["make", "venv"], **call)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (tmp_path / ".venv/installed.txt").write_text("torch==1.0\n")  # other pins: it would install
+    done = subprocess.run(["make", "venv", "PYTHON=false"], **call)
+    assert done.returncode and "building .venv" in done.stdout
 
 
 def test_version_is_told_once_everywhere():

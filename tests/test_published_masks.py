@@ -87,6 +87,19 @@ def test_masks_equal_the_published_rule(template):
     assert 5 < num_given_up == num_quoting < 50
 
 
+@pytest.mark.parametrize("template", TOKENIZERS)
+def test_pretraining_masks_the_visual_alone_as_published(template):
+    """Of each tokenizer: as many tokens as `<image>` has, with the BOS where there is one."""
+    tokenizer, rng = tokenizer_of(template), np.random.default_rng(2)
+    num_masked = 1 + TOKENIZERS[template][1]
+    for _ in range(200):
+        caption = words(rng)
+        row = encode([("<video>\nDescribe it.", caption)], "pretrain", tokenizer, 1)
+        assert row["labels"][:num_masked] == [IGNORE_INDEX] * num_masked
+        assert row["labels"][num_masked:] == row["input_ids"][num_masked:]
+        assert tokenizer.decode(row["labels"][num_masked:]) == f"{caption}\n"
+
+
 def test_rendered_strings_of_every_published_template():
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
