@@ -266,7 +266,7 @@ def test_real_notebooks_run_at_smoke_scale_and_only_once(real):
 
 def test_a_killed_pipeline_goes_on_where_its_training_was(real):
     path = real / "params/smoke/03_pretraining.yaml"
-    values = yaml.safe_load(path.read_text()) | {"num_steps": 200, "save_every": 10}
+    values = yaml.safe_load(path.read_text()) | {"num_steps": 90, "save_every": 5}
     path.write_text(yaml.safe_dump(values))
     command = ["dvc", "repro", "03_pretraining"]
     process = subprocess.Popen(command, cwd=real, env=environment(real), start_new_session=True,
