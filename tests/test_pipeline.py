@@ -280,7 +280,7 @@ def test_a_killed_pipeline_goes_on_where_its_training_was(real):
     with open(root / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # kernel and ranks end when they find their parent gone
     said = run(command, real)
-    assert re.search(r"resuming at step \d+0", said), said[-2000:]
+    assert re.search(r"resuming at step \d+", said), said[-2000:]
 
 
 def test_committed_lock_belongs_to_the_committed_code(tmp_path):
