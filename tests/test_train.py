@@ -375,6 +375,13 @@ def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch):
     assert "a finished run with equal settings" in capsys.readouterr().err
 
 
+def test_deepspeeds_launcher_starts_two_ranks_that_equal_one(configure):
+    one, two = configure("one"), configure("two", grad_accum_steps=1)
+    launch(two, LaunchConfig(num_ranks=2, launcher="deepspeed"))
+    assert losses(read_log(Path(two.out_dir) / "log.jsonl")) == close(run(one), 1e-5)
+    assert json.loads((Path(two.out_dir) / "report.json").read_text())["num_ranks"] == 2
+
+
 def test_tensorboard_is_an_extra(tmp_path):
     if importlib.util.find_spec("tensorboard") is None:
         with pytest.raises(RuntimeError, match="pip install tensorboard"):
