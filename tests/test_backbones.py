@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tlv import backbones, corpus, questions, world
+from tlv import ROOT, backbones, corpus, questions, world
+from tlv.builders import build_model
+from tlv.config import load_params
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,17 @@ def test_the_folders_load_through_the_auto_classes_and_can_be_measured(folder):
     assert 0 <= found["top1"] <= found["top5"] <= 1
     read = backbones.measure_reading(llm, tokenizer, "plain", seed=0, num_scenes=6)
     assert set(read) <= set(questions.TYPES) and "count" in read
+
+
+def test_the_model_of_the_preset_gpu_has_30_to_100_million_parameters(tmp_path):
+    world_of, design = (load_params(ROOT / f"params/gpu/{name}.yaml")
+                        for name in ("00_toy_world", "02_architecture"))
+    tokenizer = backbones.train_tokenizer(["a red circle moves"])
+    common = dict(tokenizer=tokenizer, seed=0, num_steps=0, batch_size=4, device="cpu",
+                  width=world_of["width"])  # fmt: skip
+    backbones.train_vision(tmp_path / "vision", num_layers=world_of["vision_layers"], **common)
+    backbones.train_llm(tmp_path / "llm", num_layers=world_of["llm_layers"], template="plain",
+                        **common)
+    fields = {k: v for k, v in design.items() if k not in ("seed", "world_dir")}
+    model, _ = build_model(tmp_path / "vision", tmp_path / "llm", **fields)
+    assert 30e6 < sum(p.numel() for p in model.parameters()) < 100e6
