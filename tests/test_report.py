@@ -109,3 +109,7 @@ def test_the_committed_world_and_model_reach_their_goals(head):
                for key, value in found.items() if key.startswith("baseline/type/")}
     assert len(margins) == 8 * 3  # of a type together, freely, as multiple choice
     assert min(margins.values()) >= 0.25, margins
+    long = committed.metrics("tiny", "06_long_video")
+    assert long["accuracy/dks_dfm"] - long["accuracy/chance"] >= 0.3
+    assert long["accuracy/dks_dfm"] - long["accuracy/uniform"] >= 0.15
+    assert long["hit_rate/dks"] >= 0.95 and long["num_questions"] >= 100
