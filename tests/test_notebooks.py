@@ -10,16 +10,32 @@ from base64 import b64decode, b64encode
 
 import numpy as np
 import pytest
+import torch
 from clone import make_clone
 from nbformat import from_dict
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill import execute_notebook
 from PIL import Image
+from toy_tokenizer import make_tokenizer
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tlv import ROOT, notebooks
+from tlv import ROOT, notebooks, smoke
 from tlv.builders import load_model
+from tlv.files import write_json
 from tlv.notebook_style import lint
+from tlv.toy_data import read_card
 
+MANY = pytest.mark.skipif("TLV_ALL_TESTS" not in os.environ,
+                          reason="a minute each; TLV_ALL_TESTS=1 runs them")  # fmt: skip
 NAMES = notebooks.names()
 NUMBERS = [n[:2] for n in NAMES]
 
@@ -64,6 +80,60 @@ def test_one_connector_goes_through_all_notebooks(tmp_path):
         given = {"model_dir": str(tmp_path / name)}
     assert json.loads((tmp_path / names[-1] / "metrics.json").read_text())["num_questions"] > 0
     assert load_model(tmp_path / "04_sft" / "checkpoint")[0].config.connector_type == "vilamp"
+
+
+CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def other_parts(tmp_path_factory):
+    """Random folders that look like published ones: CLIP, DINOv2, a Llama with its own template."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("parts")
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                 image_size=64, patch_size=8)  # fmt: skip
+    CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(out / "clip")
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(out / "dinov2")
+    crop = dict(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    CLIPImageProcessorPil(**crop).save_pretrained(out / "clip")
+    BitImageProcessorPil(**crop).save_pretrained(out / "dinov2")
+    special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = make_tokenizer(["A red circle moves to the left."], special, True)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(out / "llm")
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
+    )).save_pretrained(out / "llm")  # fmt: skip
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "encoder, changes",
+    [("clip", dict(connector_type="mof_mlp", second_vision_dir="dinov2")),
+     pytest.param("clip", dict(image_mode="crop"), marks=MANY),
+     pytest.param("dinov2", dict(connector_type="mean_pool", num_groups=2), marks=MANY)],
+)  # fmt: skip
+def test_other_encoders_and_llms_go_through_the_notebooks(encoder, changes, other_parts, tmp_path):
+    """From architecture to evaluation, as the preset own takes whatever a reader has."""
+    card = read_card(smoke.world("outputs/scratch/00_toy_world/world"))
+    parts = {"vision_dir": other_parts / encoder, "llm_dir": other_parts / "llm"}
+    write_json(tmp_path / "world/world.json", {k: str(v) for k, v in (card | parts).items()})
+    if "second_vision_dir" in changes:
+        changes = changes | {"second_vision_dir": str(other_parts / changes["second_vision_dir"])}
+    given = changes | dict(template="own", drop_first_patch=True, num_frames=2, num_queries=32,
+                           max_seq_len=2048)  # fmt: skip
+    for name in NAMES[2:6]:
+        given = {"world_dir": str(tmp_path / "world"), "out_dir": str(tmp_path / name), **given}
+        execute_notebook(notebooks.FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given,
+                         cwd=str(ROOT), progress_bar=False)  # fmt: skip
+        given = {"model_dir": str(tmp_path / name)} | (
+            dict(template=None) if name == NAMES[2] else {})  # stage 1 in the model's own form
+    assert json.loads((tmp_path / NAMES[5] / "metrics.json").read_text())["num_questions"] > 0
+    assert load_model(tmp_path / "04_sft/checkpoint")[0].config.template["stop"] == "</s>"
 
 
 @pytest.mark.slow
