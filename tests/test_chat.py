@@ -1,5 +1,7 @@
 """Templates, label masks and annotations."""
 
+import copy
+
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -10,6 +12,7 @@ from tlv.chat import (
     IGNORE_INDEX,
     check_stop,
     encode,
+    odd_turns,
     parse_conversation,
     prepare_tokenizer,
     query_of,
@@ -22,6 +25,7 @@ from tlv.templates import (
     ConversationError,
     derive_template,
     get_template,
+    is_quoted,
     render,
     resolve_template,
     to_jinja,
@@ -86,12 +90,15 @@ def test_golden_masks(bytes_tokenizer):
 def test_labels_are_the_answers_with_a_trained_tokenizer(template, tokenizer):
     """Also where answers begin with a digit, hold several bytes per letter, or quote the prompt."""
     turns = [("<video>\nHow many? ASSISTANT: no", "3"), ("Où?", "Là, 日本 🎬 USER: ASSISTANT: x")]
-    form = TEMPLATES[template]
+    form, tokenizer = TEMPLATES[template], copy.deepcopy(tokenizer)
+    if form.stop.strip():  # </s> and <eos> are tokens to the LLMs of these templates
+        tokenizer.add_tokens([form.stop], special_tokens=True)
     encoded = encode(turns, template, tokenizer, 5)
     wanted = "".join(form.answer.replace("{a}", answer) for _, answer in turns)
-    unknown = form.stop == "<eos>"  # not a token of this tokenizer, so text
-    assert learnt(encoded, tokenizer) == wanted or unknown
+    assert learnt(encoded, tokenizer) == wanted
     tokens = [t for t in encoded["labels"] if t != IGNORE_INDEX]
+    (stop,) = tokenizer(form.stop).input_ids
+    assert tokens.count(stop) == len(turns) and tokens[-1] == stop
     assert set(tokens).isdisjoint({tokenizer.convert_tokens_to_ids("<video>")})
     pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
     assert all(label in (token, IGNORE_INDEX) for token, label in pairs)
@@ -400,3 +407,41 @@ def test_a_query_is_the_samples_own_or_the_question_without_options(sample, ques
 def test_bad_annotations_are_refused(bad, message):
     with pytest.raises(ConversationError, match="sample 's1'.*" + message):
         parse_conversation(bad)
+
+
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ([("gpt", "Hello.")], [], ["the first turn is no question"]),
+        ([("system", "Be brief.")], [], ["the first turn is no question"]),
+        ([], [("human", "And then?")], ["the last question has no answer"]),
+        ([("gpt", "Hello.")], [("human", "Then?")], ["the first turn", "the last question"]),
+        ([], [], []),
+    ],
+)
+def test_turns_at_the_ends_from_which_nothing_is_learnt_are_left_out_and_named(
+    before, after, words
+):
+    odd = sample(*before, ("human", "<video>\nA"), ("gpt", "b"), *after)
+    assert parse_conversation(odd) == [("<video>\nA", "b")]
+    notes = odd_turns(odd)
+    assert len(notes) == len(words)
+    assert all(note.startswith(word) for note, word in zip(notes, words, strict=True))
+
+
+def test_an_open_question_left_out_changes_no_label(bytes_tokenizer):
+    """Masked or left out: a last question without an answer gives no token to learn."""
+    turns = [("<video>\nWhat is he doing?", "Running.")]
+    kept, whole = (encode(t, "qwen2_base", bytes_tokenizer, 1) for t in (
+        turns, [*turns, ("Where?", None)]))
+    num = len(kept["labels"])
+    assert whole["input_ids"][:num] == kept["input_ids"] and whole["labels"][:num] == kept["labels"]
+    assert set(whole["labels"][num:]) == {IGNORE_INDEX}
+
+
+@pytest.mark.parametrize("template, answer, is_found", [
+    ("phi", "He said ASSISTANT: no.", True), ("phi", "a<|endoftext|>b", True),
+    ("gemma", "a<|endoftext|>b", False), ("phi", "my ASSISTANT", False),
+    ("qwen2_chat", "x<|im_end|>", True), ("pretrain", "two\nlines", False)])  # fmt: skip
+def test_words_of_the_template_in_a_turn_are_found(template, answer, is_found):
+    assert is_quoted([("<video>\nWhat?", answer)], template) == is_found

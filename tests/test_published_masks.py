@@ -7,29 +7,41 @@ a sample, both must agree; where it gives up, ours must still be right.
 
 import numpy as np
 import pytest
-from toy_tokenizer import make_tokenizer
+from toy_tokenizer import make_sentencepiece, make_tokenizer
 
 from tlv.chat import IGNORE_INDEX, encode, prepare_tokenizer
-from tlv.templates import TEMPLATES, render
+from tlv.templates import TEMPLATES, is_quoted, render
 
 SEPARATOR = " ASSISTANT: "
 WORDS = ["cat", "dog", "park", "runs", "the", "a", "3", "42", "no", "yes.", "l'été", "日本", "USER",
          "red", "blue,", "(two)", "first", "🎬"]  # fmt: skip
-# template: special tokens, has a BOS
+LLAMA = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+GEMMA = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+# template: special tokens, has a BOS; of byte-level BPE
 TOKENIZERS = {
     "phi": (dict(eos_token="<|endoftext|>", unk_token="<|endoftext|>"), False),
     "qwen2_base": (dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>"), False),
     "qwen2_instruct": (dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"), False),
-    "llama": (dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"), True),
-    "gemma": (dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"), True),
+    "llama": (LLAMA, True),
+    "gemma": (GEMMA, True),
 }
+# name: template, special tokens, where a space is put in front; in SentencePiece's form
+SENTENCEPIECE = {
+    "llama, legacy": ("llama", LLAMA, "always"),
+    "llama": ("llama", LLAMA, "first"),
+    "gemma": ("gemma", GEMMA, "never"),
+}
+
+
+def corpus_of(template):
+    rng = np.random.default_rng(0)
+    return [render([(words(rng), words(rng))] * 2, template) for _ in range(50)]
 
 
 def tokenizer_of(template):
     special, has_bos = TOKENIZERS[template]
-    rng = np.random.default_rng(0)
-    corpus = [render([(words(rng), words(rng))] * 2, template) for _ in range(50)]
-    return prepare_tokenizer(make_tokenizer(corpus, special, has_bos, 500), template)
+    made = make_tokenizer(corpus_of(template), special, has_bos, 500)
+    return prepare_tokenizer(made, template)
 
 
 def words(rng, low=1, high=7):
@@ -43,8 +55,12 @@ def conversation(rng):
     return [(f"<video>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
-def published_labels(prompt, ids, tokenizer, stop, has_bos):
-    """Labels of `ids` by the published rule, and whether it gave the sample up."""
+def published_labels(prompt, ids, tokenizer, stop, has_bos, num_extra=0):
+    """Labels of `ids` by the published rule, and whether it gave the sample up.
+
+    num_extra: tokens that a later round has more when it stands alone; for a Llama tokenizer that
+    is not legacy the rule subtracts one.
+    """
     bos = int(has_bos)
 
     def count(text):
@@ -56,13 +72,14 @@ def published_labels(prompt, ids, tokenizer, stop, has_bos):
         total += prompt.count(stop)
     place = bos
     labels[:place] = [IGNORE_INDEX] * place
-    for part in prompt.split(stop):
+    for number, part in enumerate(prompt.split(stop)):
+        extra = num_extra if number else 0
         halves = part.split(SEPARATOR)
         if not part or len(halves) != 2:
             break
-        masked = count(halves[0] + SEPARATOR) - 1 - bos
+        masked = count(halves[0] + SEPARATOR) - 1 - bos - extra
         labels[place : place + masked] = [IGNORE_INDEX] * masked
-        place += count(part) - bos + 1
+        place += count(part) - bos + 1 - extra
     labels[place:] = [IGNORE_INDEX] * (len(labels) - place)
     if place != total:
         return [IGNORE_INDEX] * len(labels), True
@@ -71,14 +88,32 @@ def published_labels(prompt, ids, tokenizer, stop, has_bos):
 
 @pytest.mark.parametrize("template", TOKENIZERS)
 def test_masks_equal_the_published_rule(template):
-    tokenizer, (_, has_bos) = tokenizer_of(template), TOKENIZERS[template]
+    compare(template, tokenizer_of(template), TOKENIZERS[template][1])
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_masks_equal_the_published_rule_with_sentencepiece(name):
+    template, special, prefix = SENTENCEPIECE[name]
+    corpus = [text.replace(" USER", "").replace("USER", "\nUSER") for text in corpus_of(template)]
+    made = make_sentencepiece(corpus, special, prefix)
+    tokenizer, num_extra = prepare_tokenizer(made, template), int(prefix == "first")
+    # As Llama's own: "USER" is one token after an end token, more where a text begins with it.
+    stop = TEMPLATES[template].stop
+    alone, after = (tokenizer.tokenize(text) for text in ("USER", f"{stop}USER"))
+    assert len(alone) - len(after[1:]) == num_extra
+    compare(template, tokenizer, True, num_extra)
+
+
+def compare(template, tokenizer, has_bos, num_extra=0):
     rng, stop, num_given_up, num_quoting = np.random.default_rng(1), TEMPLATES[template].stop, 0, 0
     for _ in range(200):
         turns = conversation(rng)
         row, prompt = encode(turns, template, tokenizer, 1), render(turns, template)
-        wanted, given_up = published_labels(prompt, row["input_ids"], tokenizer, stop, has_bos)
+        wanted, given_up = published_labels(
+            prompt, row["input_ids"], tokenizer, stop, has_bos, num_extra
+        )
         is_quoting = SEPARATOR in turns[-1][1]
-        assert given_up == is_quoting
+        assert given_up == is_quoting == is_quoted(turns, template)
         num_given_up, num_quoting = num_given_up + given_up, num_quoting + is_quoting
         if not given_up:
             assert row["labels"] == wanted

@@ -136,7 +136,7 @@ def test_a_question_of_other_types_is_a_problem(changes, message, card):
     "changes, message",
     [
         ({"query": 7}, "query 7 must be text"),
-        ({"conversations": [{"from": ["human"], "value": "x"}] * 2}, "from .* must be 'human' or"),
+        ({"conversations": [{"from": ["human"], "value": "x"}] * 2}, "from .'human'., must be"),
         ({"conversations": [7, 8]}, "turn 0: from None"),
         ({"conversations": None}, "no turns"),
         ({"video": None}, "1 placeholders"),

@@ -1,4 +1,4 @@
-"""Samples that training cannot use as they are: noted, counted and listed, never replaced.
+"""Samples that training skips, or uses with a note: counted and listed, never replaced.
 
 Taught in notebooks 03 and 04.
 """
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that training skips, or cuts and uses, and why."""
+    """A sample that training skips, or uses with a note, and why."""
 
     id: str
     reason: str
@@ -35,7 +35,7 @@ class BadSamples:
             self.found.setdefault((split, sample.id), sample)
 
     def count(self, is_used: bool) -> int:
-        """Samples that were cut and used, or skipped."""
+        """Samples that were used with a note, or skipped."""
         return sum(sample.is_used == is_used for sample in self.found.values())
 
     def as_list(self) -> list[dict]:

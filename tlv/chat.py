@@ -19,7 +19,7 @@ from tlv.templates import (
 
 IGNORE_INDEX = -100  # the label of a token that is not learnt
 PLACEHOLDER = re.compile(r"<(?:video|image)>")  # in annotations both mean the same
-ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
+ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "system": 2}
 
 
 def with_video(question: str) -> str:
@@ -38,15 +38,18 @@ def visual_of(sample: dict):
 def parse_conversation(sample: dict) -> list[tuple[str, str]]:
     """A LLaVA annotation -> turns, the visual moved to the front of its question as `<video>`.
 
+    Turns at the ends from which nothing can be learnt are left out (`odd_turns` names them).
     Raises ConversationError unless human (or user) and gpt (or assistant) alternate, every turn
     has words, and the sample names a clip or picture exactly where a question holds a placeholder.
     """
     name, values = sample.get("id", "(no id)"), sample.get("conversations")
-    if not isinstance(values, list) or not values or len(values) % 2:
-        count = len(values) if isinstance(values, list) else "no"
-        raise ConversationError(f"sample {name!r}: {count} turns; they must be human, gpt, "
-                                "human, gpt ..., ending with gpt")
-    texts = [_read_turn(name, index, value) for index, value in enumerate(values)]
+    num_turns = len(values) if isinstance(values, list) else 0
+    first, last = _odd_ends(sample)
+    kept = range(first, num_turns - last)
+    if not kept or len(kept) % 2:
+        raise ConversationError(f"sample {name!r}: {num_turns or 'no'} turns; they must be human, "
+                                "gpt, human, gpt ..., ending with gpt")
+    texts = [_read_turn(name, index, values[index], index - first) for index in kept]
     turns = list(zip(texts[::2], texts[1::2], strict=True))
     num_visuals = sum(len(PLACEHOLDER.findall(text)) for text in texts)
     wanted = 1 if visual_of(sample) else 0
@@ -54,6 +57,24 @@ def parse_conversation(sample: dict) -> list[tuple[str, str]]:
         raise ConversationError(f"sample {name!r}: {num_visuals} placeholders (<video> or <image>) "
                                 f"in its turns, but {wanted} video or image; one of each is right")
     return [(with_video(q) if PLACEHOLDER.search(q) else q, a) for q, a in turns]
+
+
+def odd_turns(sample: dict) -> list[str]:
+    """What `parse_conversation` leaves out of a sample, in words.
+
+    Published code drops the first of these without a word and stops at the second.
+    """
+    notes = ("the first turn is no question", "the last question has no answer")
+    return [f"{note}; that turn is left out"
+            for note, is_odd in zip(notes, _odd_ends(sample), strict=True) if is_odd]
+
+
+def _odd_ends(sample) -> tuple[bool, bool]:
+    """Does a conversation of more than two turns begin with no question (an answer, a system's
+    words), and does it end with one?"""
+    values = sample.get("conversations")
+    roles = [_role(turn) for turn in values] if isinstance(values, list) else []
+    return len(roles) > 2 and roles[0] in (1, 2), len(roles) > 2 and roles[-1] == 0
 
 
 def query_of(sample: dict, turns) -> str:
@@ -71,15 +92,26 @@ def write_conversation(turns, visual: str = "video") -> list[dict]:
     return said
 
 
-def _read_turn(name, index, turn) -> str:
-    role = turn.get("from") if isinstance(turn, dict) else None
+def _speaker(turn):
+    return turn.get("from") if isinstance(turn, dict) else None
+
+
+def _role(turn) -> int | None:
+    """0 for a question, 1 for an answer, 2 for a system's words, None for anything else."""
+    speaker = _speaker(turn)
+    return ROLES.get(speaker) if isinstance(speaker, str) else None
+
+
+def _read_turn(name, index, turn, place) -> str:
+    """The words of turn `index`, which must be a question at an even `place`, else an answer."""
     text = turn.get("value") if isinstance(turn, dict) else None
-    speaker = ("human (or user)", "gpt (or assistant)")[index % 2]
-    if not isinstance(role, str) or ROLES.get(role) != index % 2:
-        raise ConversationError(f"sample {name!r}, turn {index}: from {role!r}, must be {speaker}")
+    if _role(turn) != place % 2:
+        wanted = ("human (or user)", "gpt (or assistant)")[place % 2]
+        raise ConversationError(f"sample {name!r}, turn {index}: from {_speaker(turn)!r}, "
+                                f"must be {wanted}")
     if not isinstance(text, str) or not text.strip():
         raise ConversationError(f"sample {name!r}, turn {index}: value {text!r}, must be words")
-    if index % 2 and PLACEHOLDER.search(text):
+    if place % 2 and PLACEHOLDER.search(text):
         raise ConversationError(f"sample {name!r}, turn {index}: a placeholder in an answer; "
                                 "it belongs in a question")
     return text.strip()

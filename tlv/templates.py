@@ -112,6 +112,18 @@ def pieces_of(turns, template: Template):
             yield template.after, False
 
 
+def is_quoted(turns, template) -> bool:
+    """Do the turns hold what the template itself writes between a question and its answer, or at
+    its end? Published code splits a text at these, and gives such a sample up.
+    """
+    form = get_template(template)
+    if form.prompt is None:
+        return False
+    marks = form.prompt.split("{q}")[1] + form.answer.split("{a}")[0], form.stop
+    texts = [text for turn in turns for text in turn if text]
+    return any(mark in text for mark in marks if mark.strip() for text in texts)
+
+
 def to_jinja(template) -> str:
     """The same template for `apply_chat_template`: messages of role and content -> `render`.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from tlv.chat import parse_conversation, visual_of
+from tlv.chat import odd_turns, parse_conversation, visual_of
 from tlv.config import ConfigError, load_json, resolve
 from tlv.pretrained import ModelFolderError, check_weights, load_part, read_config
 from tlv.toy_data import CARD_KEYS
@@ -103,11 +103,9 @@ def _check_folder(path: Path, part: str, loader) -> None:
 def _check_sample(sample) -> None:
     if not isinstance(sample, dict):
         raise ValueError(f"{sample!r:.60} is no JSON object")
-    turns = sample.get("conversations")
-    for turn in turns if isinstance(turns, list) else []:
-        if isinstance(turn, dict) and not isinstance(turn.get("from", ""), str):
-            raise ValueError(f"from {turn['from']!r:.60} must be 'human' or 'gpt'")
     parse_conversation(sample)
+    if odd := odd_turns(sample):
+        raise ValueError(f"sample {sample.get('id', '(no id)')!r}: {'; '.join(odd)}")
     if not isinstance(sample.get("query") or "", str):
         raise ValueError(f"query {sample['query']!r:.60} must be text")
 
