@@ -8,7 +8,8 @@ from tlv import processor as processor_module
 from tlv.bad_samples import BadSample
 from tlv.chat import IGNORE_INDEX
 from tlv.config import ConfigError
-from tlv.data import FeatureCache, VideoTextDataset, collate, load_samples, make_loader
+from tlv.data import VideoTextDataset, collate, load_samples, make_loader
+from tlv.feature_cache import FeatureCache
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +84,26 @@ def test_each_kind_of_bad_sample_is_named_with_its_reason(make, world):
         assert isinstance(item, BadSample) and words in item.reason, (words, item)
     assert dataset[0].id == "s0" and "missing.mp4" in dataset[0].reason
     assert str(world) not in dataset[0].reason  # the same text in every clone
+
+
+@pytest.mark.parametrize("turns", ["packed", "separate", "isolated"])
+def test_what_published_code_drops_is_learnt_rightly_counted_and_listed(turns, make):
+    good = make_sample(0, "0.mp4")
+    odd = {**good, "id": "odd", "conversations": [turn("gpt", "Hi."), *good["conversations"],
+                                                  turn("human", "And then?")]}
+    quoting = {**good, "id": "quoting", "conversations": [good["conversations"][0],
+                                                          turn("gpt", "He said ASSISTANT: no.")]}
+    dataset = make([good, odd, quoting], turns=turns)
+    plain, odd, quoting = (dataset[i] for i in range(3))
+    assert odd["rows"] == plain["rows"] and plain["notes"] == []
+    learnt = [i for row in quoting["rows"] for i in row["labels"] if i != IGNORE_INDEX]
+    assert dataset.tokenizer.decode(learnt) == " He said ASSISTANT: no.<|endoftext|>"
+    assert all(item["notes"][0].is_used for item in (odd, quoting))
+    assert "the first turn is no question" in odd["notes"][0].reason
+    assert "no answer; that turn is left out" in odd["notes"][0].reason
+    assert "words of the template" in quoting["notes"][0].reason
+    batch = collate([odd, quoting], num_clips=2, blank=dataset.blank(), pad_id=0)
+    assert [note.id for note in batch["bad"]] == ["odd", "quoting"]
 
 
 def test_a_long_row_is_cut_where_published_code_cuts_after_its_fusion(make, tiny):

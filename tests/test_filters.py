@@ -19,7 +19,11 @@ def scene(seed=0, **options):
 
 def write(path, some_scene, crf=18):
     write_video(path, world.render(some_scene), world.FPS, crf=crf)
-    return filters.inspect_clip(path)
+    return inspect(path)
+
+
+def inspect(path):
+    return filters.inspect_clips(path.parent, [path.name])[path.name]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def test_unreadable_files_are_named_for_what_they_are(tmp_path):
     for name, reason in (
         ("half", "truncated"), ("noise", "not a readable"), ("empty", "0 bytes"), ("no", "no such"),
     ):  # fmt: skip
-        keep, why = filters.is_readable(filters.inspect_clip(tmp_path / f"{name}.mp4"))
+        keep, why = filters.is_readable(inspect(tmp_path / f"{name}.mp4"))
         assert not keep and reason in why
 
 

@@ -11,7 +11,8 @@ from tlv.answering import generate_answers
 from tlv.ask import ask
 from tlv.builders import load_model, with_connector
 from tlv.connectors import build_connector
-from tlv.data import FeatureCache, VideoTextDataset, collate
+from tlv.data import VideoTextDataset, collate
+from tlv.feature_cache import FeatureCache
 from tlv.long_video import BudgetError, check_budget, encode_clip, generate
 from tlv.merging import MergeStream
 from tlv.mp4 import write_video

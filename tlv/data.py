@@ -2,12 +2,10 @@
 
 A sample that cannot be used (clip missing, undecodable or hanging; conversation that does not
 alternate; sequence too long) becomes a `BadSample`: skipped, counted and listed, never replaced.
-A converted model cuts long sequences, as it was trained to; those samples are counted and listed
-too. Taught in notebooks 03 and 04.
+So is, though used, one of which a turn is left out, that quotes its template, or that a converted
+model cuts, as it was trained to. Taught in notebooks 03 and 04.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tlv.chat import (
     IGNORE_INDEX,
     check_stop,
     encode,
+    odd_turns,
     parse_conversation,
     query_of,
     video_token_id,
@@ -30,9 +29,9 @@ from tlv.config import ConfigError, load_json
 from tlv.isolation import isolate, pad_rows
 from tlv.positions import spread
 from tlv.selector import QueryError
-from tlv.templates import VIDEO_TOKEN, ConversationError
+from tlv.templates import VIDEO_TOKEN, ConversationError, is_quoted
 from tlv.video import VideoError
-from tlv.vision import count_patches
+from tlv.vision import count_patches, picture_size
 
 
 def load_samples(path) -> list[dict]:
@@ -81,7 +80,9 @@ class VideoTextDataset(Dataset):
             return BadSample(f"#{index}", f"{sample!r:.80} is no JSON object")
         name = str(sample.get("id", f"#{index}"))
         try:
-            turns = parse_conversation(sample)
+            turns, notes = parse_conversation(sample), odd_turns(sample)
+            if is_quoted(turns, self.template):
+                notes.append("a turn holds words of the template, and is learnt as it stands")
             clip = self._load(sample)
             num_frames = None if clip is None else len(clip)
             rows = self._encode(turns, num_frames)
@@ -93,8 +94,9 @@ class VideoTextDataset(Dataset):
             return BadSample(name, f"{visual_of(sample)}: {error.reason}")
         except (ConversationError, BadRow, QueryError) as error:
             return BadSample(name, str(error))
-        limit = f"{cut} tokens beyond max_seq_len = {self.config.max_seq_len} are cut"
-        notes = [BadSample(name, limit, is_used=True)] if cut else []
+        if cut:
+            notes.append(f"{cut} tokens beyond max_seq_len = {self.config.max_seq_len} are cut")
+        notes = [BadSample(name, "; ".join(notes), is_used=True)] if notes else []
         return {"id": name, "clip": clip, "rows": rows, "notes": notes, **keys}
 
     def usable(self, limit: int) -> list[dict]:
@@ -166,7 +168,7 @@ class VideoTextDataset(Dataset):
         if self.processor.sampling == "fps":
             num_frames = 1
         if self.cache is None:
-            size = vision.image_size
+            size = picture_size(vision)
             clip = torch.zeros(num_frames, vision.num_channels, size, size)
         else:
             num_patches = count_patches(vision, self.config.drop_first_patch)
@@ -204,77 +206,6 @@ def fit_row(row: dict, max_seq_len: int, long_rows: str, placeholder: int) -> di
     return {**kept, "num_cut": max(0, len(ids) - max_seq_len)}
 
 
-# ---- features of a frozen encoder, computed once --------------------------------------------
-
-
-class FeatureCache:
-    """What the frozen vision encoder makes of each clip, (T, N, D_v), kept in memory.
-
-    Filled before training, with the encoder in the precision of training: the losses are those
-    without a cache. A clip that cannot be read keeps its error, which is raised when asked for.
-    """
-
-    def __init__(self, model, device, dtype):
-        self._model, self._device, self._dtype = model, device, dtype
-        self._found: dict[Path, torch.Tensor | VideoError] = {}
-        self.embeddings: dict[Path, torch.Tensor] = {}  # of the selector, where there is one
-
-    def fill(self, dataset: VideoTextDataset, indices, progress=iter) -> None:
-        """Decode and encode the clips of the samples `indices`, each once."""
-        encoder = self._model.vision_encoder.to(self._device, self._dtype).eval()
-        encoder.requires_grad_(False)
-        samples = [dataset.samples[index] for index in sorted(set(indices))]
-        paths = dict.fromkeys(path for sample in samples for path in _paths(dataset, sample))
-        todo = [path for path in paths if path not in self._found]
-        for path, found in zip(progress(todo), _read_ahead(dataset.read, todo), strict=True):
-            if not isinstance(found, VideoError):
-                with torch.no_grad():
-                    pixels = found.to(self._device, self._dtype)  # (T, C, H, W)
-                    found = self._model.vision_features(pixels).cpu()  # (T, N, D_v)
-                try:
-                    if dataset.processor.selector is not None:
-                        self.embeddings[path] = dataset.processor.embed(path)
-                except VideoError as error:  # the selector reads the whole clip, not some frames
-                    found = error
-            self._found[path] = found
-
-    def __getitem__(self, path: Path) -> torch.Tensor:
-        found = self._found[path]
-        if isinstance(found, VideoError):
-            raise found
-        return found
-
-    def __len__(self):
-        return len(self._found)
-
-
-def _read_ahead(read, paths, ahead: int = 4):
-    """read(path) for every path in order, a few of them early: decoding goes on while the encoder
-    works. A VideoError is given in place of the clip."""
-
-    def attempt(path):
-        try:
-            return read(path)
-        except VideoError as error:
-            return error
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
-        for path in paths:
-            waiting.append(pool.submit(attempt, path))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _paths(dataset, sample) -> list[Path]:
-    try:
-        return dataset.paths(sample) if isinstance(sample, dict) else []
-    except VideoError:
-        return []
-
-
 # ---- micro-batches --------------------------------------------------------------------------
 
 
@@ -285,7 +216,7 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
     Returns input_ids, labels, attention_mask (R, L), or (R, 1, L, L) with position_ids (R, L)
     where turns are isolated, `clips` (num_clips, T, ...) or a list where
     lengths differ, the model's name for them (clip_key), video_index (visual rows,) and `bad`,
-    a list of BadSample (skipped, or cut and used); of a model with a selector also keyframes, a
+    a list of BadSample (skipped, or used and noted); of a model with a selector also keyframes, a
     list of (K,), and queries.
     """
     bad = [item for item in items if isinstance(item, BadSample)]

@@ -1,7 +1,7 @@
 """Filters for raw video annotations: each judges one thing and returns (keep, reason).
 
 A filter sees clips and annotations only, never the truth about planted defects. Every clip is
-decoded once (`inspect_clip`). The published pipeline (TinyLLaVA-Video, arXiv 2501.15513) does not
+decoded once (`inspect_clips`). The published pipeline (TinyLLaVA-Video, arXiv 2501.15513) does not
 tell its filters; these are ours. They are put in a row by `tlv.funnel`. Taught in notebook 01.
 """
 
@@ -10,15 +10,17 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tlv.chat import parse_conversation
+from tlv.ahead import read_ahead
+from tlv.chat import odd_turns, parse_conversation
 from tlv.templates import ConversationError
-from tlv.video import VideoError, sample_frames
+from tlv.video import Clip, VideoError, sample_frames
 
 GRID = 16  # cells per side of a clip's signature
 KEPT = (True, "")
@@ -38,16 +40,24 @@ class ClipFacts:
     embeddings: torch.Tensor | None = None  # (T', D), unit length, if an image encoder was given
 
 
-def inspect_clip(path, embed: Callable | None = None, num_frames: int = 16, timeout_s=None):
-    """Decode `num_frames` frames of a clip, first and last among them, and keep the facts.
+def inspect_clips(videos_dir, names, embed: Callable | None = None, num_frames: int = 16,
+                  timeout_s=None, progress: Callable = iter) -> dict[str, ClipFacts]:  # fmt: skip
+    """Decode `num_frames` frames of each clip, first and last among them, and keep the facts.
 
-    embed: frames (T, H, W, 3) uint8 -> unit vectors (T', D); see `frame_embedder`.
-    A clip that cannot be decoded gives facts with `error` set. Notebook 01.
+    embed: frames (T, H, W, 3) uint8 -> unit vectors (T', D); see `frame_embedder`. `progress` wraps
+    the names (tqdm). A clip that cannot be decoded gives facts with `error` set. Notebook 01.
     """
-    try:
-        clip = sample_frames(path, num_frames, timeout_s=timeout_s)
-    except VideoError as error:
-        return ClipFacts(error=error.reason)
+
+    def read(name):
+        return sample_frames(Path(videos_dir) / name, num_frames, timeout_s=timeout_s)
+
+    clips = zip(progress(names), read_ahead(read, names), strict=True)
+    return {name: _facts(clip, embed) for name, clip in clips}
+
+
+def _facts(clip: Clip | VideoError, embed: Callable | None) -> ClipFacts:
+    if isinstance(clip, VideoError):
+        return ClipFacts(error=clip.reason)
     digest = hashlib.sha256(repr((clip.num_frames_total, clip.frames.shape)).encode())
     digest.update(np.ascontiguousarray(clip.frames))
     embeddings = embed(clip.frames) if embed else None
@@ -191,12 +201,13 @@ def is_good_caption(text: str, min_words: int, max_words: int, max_repetition: f
 
 
 def is_well_formed(sample: dict) -> Verdict:
-    """Keep a conversation that the chat templates can read (see `tlv.chat.parse_conversation`)."""
+    """Keep a conversation that the chat templates can read whole: `tlv.chat.parse_conversation`."""
     try:
         parse_conversation(sample)
     except ConversationError as error:
         return False, str(error)
-    return KEPT
+    odd = odd_turns(sample)
+    return (False, "; ".join(odd)) if odd else KEPT
 
 
 # ---- filters that ask a model ---------------------------------------------------------------
@@ -244,7 +255,7 @@ def text_losses(texts: dict, llm, tokenizer, batch_size: int = 64) -> dict[str, 
 
 
 def frame_embedder(model, image_processor, num_frames: int = 8) -> Callable:
-    """The `embed` of `inspect_clip`: SigLIP on some frames -> unit vectors (T', D)."""
+    """The `embed` of `inspect_clips`: SigLIP on some frames -> unit vectors (T', D)."""
 
     @torch.inference_mode()
     def embed(frames: np.ndarray) -> torch.Tensor:

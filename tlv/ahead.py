@@ -1,0 +1,40 @@
+"""Decode clips ahead of what works on them, so that no core waits for another.
+
+Taught in notebook 01.
+"""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from tlv.video import VideoError
+
+
+def read_ahead(read, names, num_ahead: int = 4):
+    """Yields read(name) for every name in order, a few of them read early; a VideoError in place of
+    a clip that gave one.
+
+    Until the last one torch computes with one thread less, which is left to the decoder: threads
+    that wait for each other on too few cores take twice as long.
+    """
+
+    def attempt(name):
+        try:
+            return read(name)
+        except VideoError as error:
+            return error
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads - 1))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = deque()
+            for name in names:
+                waiting.append(pool.submit(attempt, name))
+                if len(waiting) > num_ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(num_threads)
