@@ -42,6 +42,12 @@ def test_a_number_that_yaml_reads_as_a_string_is_refused(tmp_path, text, right):
     assert isinstance(yaml.safe_load(right), float)
 
 
+def test_a_number_as_dvc_writes_it_is_a_number(tmp_path):
+    """`dvc exp run -S file:lr=1.0e-5` leaves 1e-05 in the file."""
+    path = params(tmp_path, "lr: 1e-05\nrates: [2.5e-06, 1.0]\n")
+    assert load_params(path) == {"lr": 1e-5, "rates": [2.5e-6, 1.0]}
+
+
 def test_numbers_quoted_strings_and_lists_are_read_as_meant(tmp_path):
     path = params(tmp_path, 'lr: 1.0e-4\nname: "1e-4"\nparts: [connector, llm]\nx: null\nb: true\n')
     assert load_params(path) == {"lr": 1e-4, "name": "1e-4", "parts": ["connector", "llm"],

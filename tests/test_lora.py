@@ -70,18 +70,35 @@ def test_adapters_train_alone_and_the_checkpoint_is_merged(configure, start_dir)
     assert {n for n in changed if n.startswith("language_model.")} == matrices
     assert not any(n.startswith("vision_encoder.") for n in changed)
     base, _ = load_model(start_dir)
-    adapter = Path(config.out_dir) / "adapter"
+    adapter = Path(config.out_dir) / "checkpoint/adapter"
     theirs = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
     assert all(torch.allclose(theirs[n], after[n], atol=1e-6) for n in matrices)
     report = json.loads((Path(config.out_dir) / "report.json").read_text())
     assert 0 < report["trained_parameters"]["llm"] < sum(before[n].numel() for n in matrices)
 
 
+def test_adapters_on_the_encoder_too(configure, start_dir):
+    """Factory's tune_type_vision_tower: lora. All that is trained moves, the unseen layer stays."""
+    config = configure("out", trainable=("connector", "llm", "vision"), lora=("llm", "vision"),
+                       lr_vision=1e-2)  # fmt: skip
+    train.train(config)
+    before, after = weights(start_dir), weights(Path(config.out_dir) / "checkpoint")
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    layers = {f"vision_encoder.encoder.layers.{k}." for k in (0, 1)}  # of three
+    matrices = {n for n in before if n.endswith(".weight") and before[n].ndim == 2
+                and any(n.startswith(layer) for layer in layers)}  # fmt: skip
+    assert {n for n in changed if n.startswith("vision_encoder.")} == matrices
+    base, _ = load_model(start_dir)
+    adapter = Path(config.out_dir) / "checkpoint/adapter"
+    theirs = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    assert all(torch.allclose(theirs.state_dict()[n], after[n], atol=1e-6) for n in matrices)
+
+
 def test_going_on_starts_where_the_merged_model_stands(configure):
     first = configure("first", trainable=("llm",), lr_connector=None)
     train.train(first)
     on = configure("on", trainable=("llm",), lr_connector=None, num_steps=1,
-                   adapter_dir=str(Path(first.out_dir) / "adapter"))  # fmt: skip
+                   adapter_dir=str(Path(first.out_dir) / "checkpoint/adapter"))  # fmt: skip
     merged = configure("merged", model_dir=str(Path(first.out_dir) / "checkpoint"), num_steps=1)
     untrained = configure("untrained", num_steps=1)
     for config in (on, merged, untrained):
@@ -94,7 +111,7 @@ def test_zero_3_gives_the_same_adapters(configure):
     plain, sharded = configure("a"), configure("b", zero_config="params/deepspeed_zero3.json")
     for config in (plain, sharded):
         train.train(config)
-    a, b = (load_file(Path(c.out_dir) / "adapter/adapter_model.safetensors") for c in
+    a, b = (load_file(Path(c.out_dir) / "checkpoint/adapter/adapter_model.safetensors") for c in
             (plain, sharded))  # fmt: skip
     assert set(a) == set(b) and all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
 
@@ -108,9 +125,9 @@ def test_adapters_on_few_bits_end_in_a_plain_model(form, configure, start_dir):
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
         n: (t.dtype, t.shape) for n, t in after.items()}  # fmt: skip
     base, _ = load_model(start_dir)
-    adapter = PeftModel.from_pretrained(base, Path(config.out_dir) / "adapter").merge_and_unload()
+    adapter = Path(config.out_dir) / "checkpoint/adapter"
+    theirs = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
     matrices = [n for n in before if n.startswith("language_model.") and "_proj.weight" in n]
-    theirs = adapter.state_dict()
     assert all(torch.allclose(theirs[n], after[n], atol=1e-6) for n in matrices)
     assert not any(torch.equal(before[n], after[n]) for n in matrices)
     plain = configure("plain")
@@ -129,7 +146,11 @@ def test_few_bits_without_bitsandbytes_or_with_zero_3_are_refused(configure, mon
 def test_targets_are_the_matrices_of_the_layers(tiny):
     names = target_names(tiny[0], ("llm",))
     assert len(names) == 2 * 7 and not any("lm_head" in n for n in names)
-    assert len(target_names(tiny[0], ("vision",))) == 3 * 6
+    assert set(target_names(tiny[0], ("connector",))) == {
+        f"connector.{name}" for name in (
+            "linear", *(f"layers.0.{part}" for part in ("0.to_q", "0.to_kv", "0.to_out", "1.1",
+                                                        "1.3")))}  # fmt: skip
+    assert len(target_names(tiny[0], ("vision",))) == 2 * 6  # the third layer is not seen
 
 
 def test_another_models_adapter_is_refused(tiny, tmp_path):

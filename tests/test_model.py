@@ -14,6 +14,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
     GemmaConfig,
     GemmaForCausalLM,
     PhiConfig,
@@ -21,6 +23,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from tlv.builders import build_model, load_model
 from tlv.chat import IGNORE_INDEX, encode
@@ -414,6 +417,25 @@ def test_pictures_of_another_size_than_the_encoders_are_refused(vision_dir, llm_
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelFolderError, match="its pictures have 32 pixels .* made for 16"):
         build_model(folder, llm_dir)
+
+
+@torch.no_grad()
+def test_dinov2_is_shown_the_pictures_of_its_processor(llm_dir, tmp_path, clip_frames):
+    """As published: positions for 518 pixels, pictures of 224; here 32 and 16."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=4)).save_pretrained(tmp_path / "d")
+    BitImageProcessorPil(
+        size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}
+    ).save_pretrained(tmp_path / "d")
+    built = build_model(tmp_path / "d", llm_dir, connector_type="linear", num_frames=2,
+                        drop_first_patch=True)  # fmt: skip
+    for part in built:
+        part.save_pretrained(tmp_path / "whole")
+    model, processor = load_model(tmp_path / "whole")
+    batch = processor(text="<video>\nWhat?", videos=[clip_frames()])
+    assert (batch["input_ids"] == model.config.video_token_id).sum() == 4 * 16
+    assert torch.equal(model(**batch).logits, built[0](**batch).logits)
 
 
 def test_wrong_folders_are_named(vision_dir, llm_dir, model_dir, tmp_path):

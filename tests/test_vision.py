@@ -11,8 +11,17 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tlv.connectors import MofMlp
 from tlv.pretrained import ModelFolderError
-from tlv.vision import MixtureEncoder, count_patches, count_unseen, encode_frames, load_mixture
+from tlv.vision import (
+    MixtureConfig,
+    MixtureEncoder,
+    check_mixture,
+    count_patches,
+    count_unseen,
+    encode_frames,
+    load_mixture,
+)
 
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
             image_size=32, patch_size=8)  # fmt: skip
@@ -110,11 +119,20 @@ def published(config, **fields):
         (published(CLIPVisionConfig, image_size=336, patch_size=14), False, 577),
         (published(SiglipVisionConfig, image_size=384, patch_size=14), False, 729),
         (published(SiglipVisionConfig, image_size=384, patch_size=14), True, 728),
-        (published(Dinov2Config, image_size=224, patch_size=14), True, 256),
+        (published(Dinov2Config, image_size=518, patch_size=14, picture_size=224), True, 256),
     ],
 )
 def test_tokens_per_frame_of_the_published_encoders(config, drop, wanted):
     assert count_patches(config, drop) == wanted
+
+
+def test_a_mixture_at_224_pixels_gives_512_tokens_from_both():
+    clip = published(CLIPVisionConfig, image_size=224, patch_size=14)
+    dino = published(Dinov2Config, image_size=518, patch_size=14)
+    mixture = MixtureConfig(first_config=clip, second_config=dino)
+    check_mixture(mixture)
+    connector = MofMlp(mixture.widths, 8)
+    assert connector.num_tokens(count_patches(mixture, True)) == 512
 
 
 def test_unseen_parameters_are_the_last_layer_the_final_norm_and_the_head():

@@ -20,7 +20,7 @@ from tlv.processor import SELECTOR, TlvProcessor, picture_side
 from tlv.selector import load_selector
 from tlv.templates import resolve_template, to_jinja
 from tlv.vilamp import Vilamp
-from tlv.vision import count_patches, load_mixture, load_vision_encoder, vision_part
+from tlv.vision import count_patches, load_mixture, load_vision_encoder
 
 
 def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=None,
@@ -36,15 +36,14 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=Non
     unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
     if unknown:
         raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
-    vision_config = vision_part(read_config(vision_dir, "vision_dir"))
     text_config = read_config(llm_dir, "llm_dir")
     tokenizer = load_part(AutoTokenizer, llm_dir, "llm_dir")
     what, template = f"llm_dir = {llm_dir}", fields.pop("template", TlvConfig.template)
     template = resolve_template(template, tokenizer, what)
     prepare_tokenizer(tokenizer, template, what)
-    image_processor = load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
-    _check_side(picture_side(image_processor), vision_config.image_size, vision_dir)
     encoder = load_vision_encoder(vision_dir, dtype)
+    image_processor = load_part(AutoImageProcessor, vision_dir, "vision_dir", backend="pil")
+    _fit_side(picture_side(image_processor), encoder.config, vision_dir)
     if second_vision_dir is not None:
         second = load_vision_encoder(second_vision_dir, dtype, "second_vision_dir")
         encoder = load_mixture(encoder, second)
@@ -57,8 +56,12 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=Non
     return _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype, seed)
 
 
-def _check_side(side: int, wanted: int, vision_dir) -> None:
-    if side != wanted:
+def _fit_side(side: int, config, vision_dir) -> None:
+    """Let DINOv2 be shown the pictures that its processor makes; refuse others that do not fit."""
+    wanted = config.image_size
+    if config.model_type == "dinov2" and side >= config.patch_size:
+        config.picture_size = side
+    elif side != wanted:
         raise ModelFolderError(
             f"vision_dir = {vision_dir}: its pictures have {side} pixels (size or crop_size in "
             f"preprocessor_config.json), but its encoder is made for {wanted} (image_size in "

@@ -55,6 +55,12 @@ def _check_scalar(path, key: str, node) -> None:
                           "another; write true, false or a quoted string")
 
 
+def _is_written_by_dvc(node) -> bool:
+    """Is it a small number as `dvc exp run -S` writes it, 1e-05? To YAML 1.1 it is a string."""
+    is_number = node.style is None and NUMBER.fullmatch(node.value)
+    return node.tag.endswith(":str") and is_number and node.value == repr(float(node.value))
+
+
 def load_params(path) -> dict:
     """Read a flat YAML mapping (values: scalars or lists). Raises ConfigError."""
     path = Path(path)
@@ -76,8 +82,10 @@ def load_params(path) -> dict:
         for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(item, yaml.ScalarNode):
                 raise ConfigError(f"{path}: {key.value} is nested; the file must be flat")
+            if _is_written_by_dvc(item):
+                item.tag = "tag:yaml.org,2002:float"
             _check_scalar(path, key.value, item)
-    return yaml.safe_load(path.read_text())
+    return yaml.SafeLoader("").construct_document(root)
 
 
 def load_json(path):
@@ -182,7 +190,7 @@ class TrainConfig:
     lr_llm: float | None = None
     lr_vision: float | None = None
     vision_from: float = 0.0  # share of the encoder's layers, from below, that stay frozen
-    lora: tuple[Literal["llm", "vision"], ...] = ()  # of the trainable parts: through adapters
+    lora: tuple[Literal["connector", "llm", "vision"], ...] = ()  # of them, through adapters
     lora_rank: int = 128
     lora_alpha: float = 256.0
     lora_dropout: float = 0.05
@@ -192,7 +200,7 @@ class TrainConfig:
     num_epochs: int | None = None
     micro_batch_size: int = 4  # samples per rank and forward pass
     grad_accum_steps: int = 1
-    group_by_length: bool = False  # micro-batches of one modality and like length: less padding
+    group_by_length: bool = False  # global batches of one modality and like length: less padding
     warmup_ratio: float = 0.03  # of num_steps
     weight_decay: float = 0.0
     max_grad_norm: float | None = None  # None: no clipping

@@ -21,7 +21,7 @@ ENCODERS = {
     ),
     "facebook/dinov2-large": dict(
         model_type="dinov2", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-        image_size=518, patch_size=14,
+        image_size=518, patch_size=14, picture_size=224,
     ),
 }  # fmt: skip
 ENCODERS["CLIP + DINOv2"] = dict(

@@ -15,19 +15,23 @@ from safetensors.torch import load_file, save_file
 
 from tlv.checkpoint import publish
 from tlv.pretrained import ModelFolderError
-from tlv.recipes import part_module
+from tlv.recipes import MODULES, part_module, seen_layer
 
 PREFIX = "base_model.model."  # before every name in a PEFT file
 MATRICES = ("Linear", "Linear4bit", "Linear8bitLt")  # plain, and as bitsandbytes has them
 
 
 def target_names(model, parts) -> list[str]:
-    """Every matrix in the layers of `parts` ("llm", "vision"); an LLM's head is not among them."""
-    modules = {id(m) for part in parts for m in part_module(model, part).modules()}
+    """Every matrix of `parts` ("connector", "llm", "vision") that the output sees.
+
+    Of encoder and LLM those in the layers: an LLM's head is not among them.
+    """
     return [
-        name for name, module in model.named_modules()
-        if id(module) in modules and type(module).__name__ in MATRICES
-        and (".layers." in name or ".layer." in name)
+        f"{MODULES[part]}.{name}"
+        for part in parts for name, module in part_module(model, part).named_modules()
+        if type(module).__name__ in MATRICES
+        and (part == "connector" or ".layers." in name or ".layer." in name)
+        and (part != "vision" or seen_layer(model.config, f"{name}.")[2])
     ]  # fmt: skip
 
 

@@ -100,10 +100,10 @@ class TlvPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Matrices N(0, initializer_range), biases 0, norms 1 and 0, latents N(0, 1)."""
+        """Matrices N(0, initializer_range), biases 0, norms 1 and 0, latents as published."""
         super()._init_weights(module)
         if isinstance(module, LATENTS):
-            init.normal_(module.latents, mean=0.0, std=1.0)
+            init.normal_(module.latents, mean=0.0, std=module.latent_std)
 
 
 class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):

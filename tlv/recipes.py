@@ -9,6 +9,7 @@ import math
 import re
 
 from tlv.config import PARTS
+from tlv.vision import count_seen_layers
 
 # Fields of tlv.config.TrainConfig, per recipe and stage, as published. Batches and data: params/.
 BASE_PRETRAIN = dict(trainable=["connector"], lr_connector=1e-3)
@@ -23,7 +24,12 @@ RECIPES = {
     # The shipped scripts': the encoder stays frozen.
     "share_frozen": {"pretrain": BASE_PRETRAIN, "pretrain_share": BASE_SFT, "sft": BASE_SFT},
     "lora": {"pretrain": BASE_PRETRAIN, "sft": LORA},
+    # Adapters on the encoder too, as Factory's tune_type_vision_tower: lora has it.
+    "lora_vision": {"pretrain": BASE_PRETRAIN,
+                    "sft": dict(LORA, trainable=["connector", "llm", "vision"], lr_vision=2e-4,
+                                lora=["llm", "vision"])},
     "qlora": {"pretrain": BASE_PRETRAIN, "sft": dict(LORA, quantize="int8")},
+    "qlora_nf4": {"pretrain": BASE_PRETRAIN, "sft": dict(LORA, quantize="nf4")},  # QLoRA's own
     "video": {"pretrain": dict(trainable=["connector"], lr_connector=1e-4), "sft": BASE_SFT},
 }  # fmt: skip
 MODULES = {"connector": "connector", "llm": "language_model", "vision": "vision_encoder"}
@@ -72,18 +78,27 @@ def set_trainable(model, trainable, lora=(), vision_from: float = 0.0) -> dict[s
 
 def _set_encoder(model, encoder, vision_from: float) -> None:
     """Train the encoder's layers from `vision_from` on, and all that comes first where it is 0."""
-    layer = model.config.vision_feature_layer
     for name, parameter in encoder.named_parameters():
-        part = model.config.vision_config
-        mixed = re.match(r"encoders\.(\d)\.", name)
-        depth = (part.parts[int(mixed[1])] if mixed else part).num_hidden_layers
-        number = re.search(r"encoder\.layers?\.(\d+)\.", name)
-        if number:
-            is_seen = int(number[1]) < (layer + depth + 1 if layer < 0 else layer)
-            parameter.requires_grad_(is_seen and int(number[1]) >= round(vision_from * depth))
-        else:
+        place = seen_layer(model.config, name)
+        if place is None:
             is_first = "embeddings." in name or "pre_layrnorm." in name
             parameter.requires_grad_(is_first and not vision_from and "mask_token" not in name)
+        else:
+            number, depth, is_seen = place
+            parameter.requires_grad_(is_seen and number >= round(vision_from * depth))
+
+
+def seen_layer(config, name: str) -> tuple[int, int, bool] | None:
+    """The encoder's layer that `name` lies in: its number, of how many, and whether the output sees
+    it. None for a name outside the layers."""
+    number = re.search(r"encoder\.layers?\.(\d+)\.", name)
+    if not number:
+        return None
+    mixed = re.search(r"encoders\.(\d)\.", name)
+    part = config.vision_config
+    depth = (part.parts[int(mixed[1])] if mixed else part).num_hidden_layers
+    num_seen = count_seen_layers(depth, config.vision_feature_layer)
+    return int(number[1]), depth, int(number[1]) < num_seen
 
 
 def parameter_groups(model, learning_rates: dict, weight_decay: float) -> list[dict]:

@@ -72,6 +72,8 @@ POSITION_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 class Resampler(nn.Module):
     """All latents read all patches of the clip; nothing says where a patch was (Factory's)."""
 
+    latent_std = 1.0
+
     def __init__(self, vision_width, llm_width, num_latents, num_layers, num_heads, head_dim,
                  position_dtype="float16"):
         super().__init__()
@@ -192,33 +194,26 @@ class BenchResampler(nn.Module):
     """Narrow latents that read the patches alone, not each other; then one matrix to D.
 
     The resampler that the TinyLLaVA paper compares the MLP with (24.1 million parameters from
-    CLIP-L to TinyLlama). Its weights were not released; that norms come first is a choice here.
+    CLIP-L to TinyLlama; width 768, 12 heads, 3 layers, 128 latents). No weights were released.
     """
+
+    latent_std = 1.0
 
     def __init__(self, vision_width, llm_width, num_latents, num_layers, num_heads, width):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, width))
-        self.attention = nn.ModuleList(
-            nn.MultiheadAttention(
-                width, num_heads, kdim=vision_width, vdim=vision_width, batch_first=True
-            )
+        self.layers = nn.ModuleList(
+            nn.ModuleList([CrossAttention(vision_width, width, num_heads), feed_forward(width)])
             for _ in range(num_layers)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_layers))
-        self.forwards = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
-                          nn.Linear(4 * width, width))
-            for _ in range(num_layers)
-        )  # fmt: skip
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, llm_width, bias=False)
 
     def forward(self, x, lengths=None):
         """x (B, S, D_v), lengths: each clip's true S (None: all of it) -> (B, Q, D)."""
         is_media, y = mark(lengths, x), self.latents.expand(len(x), -1, -1)  # (B, Q, width)
-        is_padding = None if is_media is None else ~is_media
-        for norm, attention, forward in zip(self.norms, self.attention, self.forwards, strict=True):
-            y = y + attention(norm(y), x, x, key_padding_mask=is_padding, need_weights=False)[0]
+        for attend, forward in self.layers:
+            y = y + attend(x, y, is_media)
             y = y + forward(y)
         return self.out(self.norm(y))  # (B, Q, D)
 
@@ -226,12 +221,39 @@ class BenchResampler(nn.Module):
         return len(self.latents)
 
 
+class CrossAttention(nn.Module):
+    """Latents (B, q, width) ask, media (B, n, D_v) answer; both are normed first, no biases."""
+
+    def __init__(self, vision_width, width, num_heads):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"connector_width = {width} is not divisible by resampler_heads = "
+                             f"{num_heads}")
+        self.num_heads = num_heads
+        self.norm_media, self.norm_latents = nn.LayerNorm(vision_width), nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(vision_width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, media, latents, is_media=None):
+        """is_media (B, n) bool, None: all of it -> (B, q, width)."""
+        q, kv = self.to_q(self.norm_latents(latents)), self.to_kv(self.norm_media(media))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, ., width / h)
+                   for x in (q, *kv.chunk(2, dim=-1)))
+        mask = None if is_media is None else is_media[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, q, width / h)
+        return self.to_out(y.transpose(1, 2).flatten(2))
+
+
 class QFormer(nn.Module):
     """BERT whose every second layer also reads the patches (BLIP-2's), from scratch; then D.
 
-    Published form: width 768, 12 layers, 12 heads, 128 queries, no BLIP-2 weights (and no affine
-    terms in the norm before the first layer, which transformers' module has).
+    Published form: width 768, 12 layers, 12 heads, 128 queries, no BLIP-2 weights. Different here:
+    the norm before the first layer has affine terms (as transformers' module has), and there is no
+    dropout. No weights were released.
     """
+
+    latent_std = 0.02
 
     def __init__(self, vision_width, llm_width, num_latents, num_layers, num_heads, width):
         super().__init__()
@@ -240,7 +262,7 @@ class QFormer(nn.Module):
             intermediate_size=4 * width, encoder_hidden_size=vision_width,
             cross_attention_frequency=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
-        self.latents = nn.Parameter(torch.randn(num_latents, width))
+        self.latents = nn.Parameter(self.latent_std * torch.randn(num_latents, width))
         self.bert = Blip2QFormerModel(config)
         self.out = nn.Linear(width, llm_width)
 

@@ -22,6 +22,14 @@ def vision_part(config):
     return getattr(config, "vision_config", config)
 
 
+def picture_size(config) -> int:
+    """Side in pixels of the pictures that an encoder is shown.
+
+    DINOv2 fits its positions to any size: published are positions for 518 and pictures of 224.
+    """
+    return getattr(config, "picture_size", None) or config.image_size
+
+
 def load_vision_encoder(path, dtype=torch.float32, what: str = "vision_dir") -> nn.Module:
     """The image encoder of a folder. Of an image-text pair (SigLIP, CLIP) the text half is left."""
     config = vision_part(read_config(path, what))
@@ -57,8 +65,8 @@ class MixtureConfig(PreTrainedConfig):
         return sum(self.widths)
 
     @property
-    def image_size(self) -> int:
-        return self.first_config.image_size
+    def picture_size(self) -> int:
+        return picture_size(self.first_config)
 
     @property
     def num_channels(self) -> int:
@@ -95,7 +103,7 @@ def load_mixture(first, second) -> MixtureEncoder:
 
 def check_mixture(config: MixtureConfig) -> None:
     """Refuse two encoders whose features cannot stand side by side."""
-    size, counts = config.image_size, []
+    size, counts = config.picture_size, []
     for part in config.parts:
         with torch.device("meta"):
             pixels = torch.zeros(1, part.num_channels, size, size)
@@ -136,11 +144,7 @@ def _first_layers(encoder, feature_layer: int):
     hidden_states[k] is the output of layer k - 1; [0] is what the first layer is given.
     """
     stack, name, layers = _find_layers(encoder)
-    count = feature_layer + len(layers) + 1 if feature_layer < 0 else feature_layer
-    if not 0 <= count <= len(layers):
-        raise ValueError(f"feature_layer = {feature_layer}: the encoder has {len(layers)} layers, "
-                         f"so it must lie in [{-len(layers) - 1}, {len(layers)}]")
-    seen = []
+    count, seen = count_seen_layers(len(layers), feature_layer), []
     hook = stack.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     setattr(stack, name, layers[:count])
     try:
@@ -148,6 +152,15 @@ def _first_layers(encoder, feature_layer: int):
     finally:
         setattr(stack, name, layers)
         hook.remove()
+
+
+def count_seen_layers(num_layers: int, feature_layer: int) -> int:
+    """How many of an encoder's layers run before hidden_states[feature_layer] is there."""
+    count = feature_layer + num_layers + 1 if feature_layer < 0 else feature_layer
+    if not 0 <= count <= num_layers:
+        raise ValueError(f"feature_layer = {feature_layer}: the encoder has {num_layers} layers, "
+                         f"so it must lie in [{-num_layers - 1}, {num_layers}]")
+    return count
 
 
 def _find_layers(encoder):
@@ -167,7 +180,7 @@ def trace_encoder(config, feature_layer: int = -2, drop_first_patch: bool = Fals
     """
     with torch.device("meta"):
         encoder = AutoModel.from_config(config)
-        size = config.image_size
+        size = picture_size(config)
         pixels = torch.zeros(1, config.num_channels, size, size)
         return encode_frames(encoder, pixels, feature_layer, drop_first_patch), encoder
 
