@@ -10,6 +10,7 @@ import pytest
 
 from tlv.config import LaunchConfig, TrainConfig
 from tlv.launch import LaunchError, _run, command, environment
+from tlv.runlog import SAID
 
 CONFIG = TrainConfig(model_dir="m", data="d", videos_dir="v", out_dir="o", num_steps=1,
                      lr_connector=1.0, device="cpu", num_threads=2)
@@ -73,6 +74,14 @@ def test_a_failure_shows_the_end_of_the_log(tmp_path, capsys):
     assert "exit code 1" in str(error.value) and "no such clip" in str(error.value)
     assert "line 5\n" not in str(error.value) and "line 5\n" in (tmp_path / "log").read_text()
     assert "line 5\n" in capsys.readouterr().err  # all of it was shown as it came
+
+
+def test_what_a_rank_says_is_the_message_without_what_its_launcher_adds(tmp_path):
+    code = ("import sys; print('Traceback ...'); print(sys.argv[1] + 'data = x: no'); "
+            "print(sys.argv[1] + 'such file'); [print('noise') for _ in range(99)]; sys.exit(1)")
+    with pytest.raises(LaunchError) as error:
+        _run([sys.executable, "-c", code, SAID], dict(os.environ), tmp_path / "log")
+    assert str(error.value) == f"data = x: no\nsuch file\n(the whole log is {tmp_path / 'log'})"
 
 
 def test_an_interrupt_stops_the_ranks(tmp_path):

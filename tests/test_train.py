@@ -1,6 +1,7 @@
 """The trainer on a tiny model: what must not change the result does not, what must stop it does."""
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from toy_manifest import make_sample, make_world
 from tlv import ROOT, checkpoint, processor, train
 from tlv.bad_samples import TooManyBadSamples
 from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict
-from tlv.launch import environment, launch
+from tlv.launch import LaunchError, environment, launch
 from tlv.runlog import RunLog, read_log
 
 pytestmark = pytest.mark.slow
@@ -68,7 +70,7 @@ def close(rows, relative):
 def contents(config) -> dict[str, str]:
     """Hashes of the log and of every file of the finished model."""
     out_dir = Path(config.out_dir)
-    files = [out_dir / "log.jsonl", *sorted((out_dir / "checkpoint").iterdir())]
+    files = [out_dir / "log.jsonl", *sorted((out_dir / "checkpoint").glob("*.*"))]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -138,7 +140,7 @@ def test_a_converted_model_trains_on_cut_rows_and_counts_them(configure, build_t
     config = configure(model_dir=str(tmp_path / "converted"), num_steps=5)
     assert len(losses(run(config))) == 5
     report = json.loads((Path(config.out_dir) / "report.json").read_text())
-    assert report["num_cut"] > 0 == report["num_bad"]
+    assert report["num_noted"] > 0 == report["num_bad"]
     assert all("beyond max_seq_len = 115 are cut" in s["reason"] for s in report["bad_samples"])
 
 
@@ -198,12 +200,15 @@ def test_equal_runs_write_equal_bytes_whatever_the_folder(configure):
 # ---- resuming -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage,precision", [(0, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize("stage,precision,others", [
+    (0, "fp32", {}), (3, "bf16", {}),
+    # Dropout draws from the generator that a checkpoint holds.
+    (0, "fp32", dict(lora=("llm",), lora_rank=4, lora_alpha=8.0, lora_dropout=0.5))])
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    configure, world, monkeypatch, capsys, stage, precision
+    configure, world, monkeypatch, capsys, stage, precision, others
 ):
     common = dict(save_every=2, num_steps=7, val_data=str(world / "data.json"), val_every=3,
-                  precision=precision, zero_config=f"params/deepspeed_zero{stage}.json")
+                  precision=precision, zero_config=f"params/deepspeed_zero{stage}.json", **others)
     whole, broken = configure("whole", **common), configure("broken", **common)
     run(whole)
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
@@ -216,6 +221,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert contents(broken) == contents(whole)
     root = checkpoint.resume_root(broken.out_dir)
     assert not list(root.glob("*/step-*"))  # nothing left behind
+
+
+def test_two_ranks_that_are_killed_go_on_as_if_nothing_had_been(configure, capfd):
+    """With all that the pipeline of the preset tiny asks for."""
+    common = dict(save_every=5, num_steps=60, grad_accum_steps=1, max_grad_norm=1.0,
+                  cache_features=True, group_by_length=True, turns="isolated")  # fmt: skip
+    whole, broken = configure("whole", **common), configure("broken", **common)
+    launch(whole, LaunchConfig(num_ranks=2))
+    code = ("import json, sys; from tlv.config import LaunchConfig, TrainConfig, build; "
+            "from tlv.launch import launch; "
+            "launch(build(TrainConfig, json.loads(sys.argv[1])), LaunchConfig(num_ranks=2))")
+    started = subprocess.Popen([sys.executable, "-c", code, json.dumps(as_dict(broken))], cwd=ROOT)
+    root = checkpoint.resume_root(broken.out_dir)
+    while not list(root.glob("*/step-*[0-9]")) and started.poll() is None:
+        time.sleep(0.005)
+    started.kill()  # its ranks end with it
+    assert started.wait() != 0, "it was done before it could be killed"
+    with open(root / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held until the first rank is gone
+    capfd.readouterr()
+    launch(broken, LaunchConfig(num_ranks=2))
+    assert "resuming at step" in capfd.readouterr().err
+    assert contents(broken) == contents(whole)
 
 
 def test_other_settings_start_clean_and_say_so(configure, monkeypatch, capsys):
@@ -336,10 +364,20 @@ def test_a_loss_that_is_no_number_stops_with_advice(configure):
         run(configure(lr_connector=1e30, lr_llm=1e30, warmup_ratio=0.0))
 
 
+def test_what_stops_two_ranks_is_said_once(configure, tmp_path):
+    world = make_world(tmp_path / "world", 8, bad=(1, 3))
+    config = configure(data=str(world / "data.json"), videos_dir=str(world), max_bad_share=0.1)
+    with pytest.raises(LaunchError) as error:
+        launch(config, LaunchConfig(num_ranks=2))
+    said = str(error.value)
+    assert said.startswith("2 bad train samples among 8: more than max_bad_share = 0.1. Filter")
+    assert said.count("3.mp4: not a readable video") == 1 and "Traceback" not in said
+
+
 @pytest.mark.parametrize("changes,message", [
-    ({"data": "/nowhere.json"}, "data: /nowhere.json does not exist"),
-    ({"model_dir": "/nowhere"}, "model_dir: /nowhere/config.json does not exist"),
-    ({"videos_dir": "/nowhere"}, "videos_dir: /nowhere is no folder")])
+    ({"data": "/nowhere.json"}, "data = /nowhere.json: .* does not exist; run the stage that"),
+    ({"model_dir": "/nowhere"}, "model_dir = /nowhere/config.json: .* does not exist"),
+    ({"videos_dir": "/nowhere"}, "videos_dir = /nowhere: .* is no folder; it is named in the")])
 def test_missing_inputs_are_named_before_anything_starts(configure, changes, message):
     with pytest.raises(ConfigError, match=message):
         launch(configure(**changes))
@@ -376,7 +414,7 @@ def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch):
 
 
 def test_deepspeeds_launcher_starts_two_ranks_that_equal_one(configure):
-    one, two = configure("one"), configure("two", grad_accum_steps=1)
+    one, two = configure("one"), configure("two", grad_accum_steps=1, cache_features=True)
     launch(two, LaunchConfig(num_ranks=2, launcher="deepspeed"))
     assert losses(read_log(Path(two.out_dir) / "log.jsonl")) == close(run(one), 1e-5)
     assert json.loads((Path(two.out_dir) / "report.json").read_text())["num_ranks"] == 2

@@ -62,6 +62,18 @@ def _ask_long(model, processor, path, question, max_new_tokens) -> str:
     return f"{text}\nkeyframes: {len(keyframes)} of the {len(numbers)} frames looked at\n{seen}"
 
 
+def _device(name: str) -> str:
+    """A device that can be computed on; an argparse error for another."""
+    if name == "auto":
+        return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # no such name; torch without a GPU
+        why = f"{name!r} cannot be used here; cpu can ({str(error).splitlines()[0]})"
+        raise argparse.ArgumentTypeError(why) from None
+    return name
+
+
 def main(arguments=None) -> int:
     """Run the command; 2 and one line on stderr if it cannot."""
     parser = argparse.ArgumentParser(prog="python -m tlv.ask", description=__doc__.split("\n")[0])
@@ -70,7 +82,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", required=True, metavar="DIR",
                         help="a checkpoint, such as outputs/tiny/04_sft/checkpoint")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=_device, default="auto", help="auto (a GPU where there "
+                        "is one), cpu, cuda ...")  # fmt: skip
     a = parser.parse_args(arguments)
     try:
         print(ask(a.clip, a.question, a.model, a.device, a.max_new_tokens))

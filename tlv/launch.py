@@ -18,7 +18,7 @@ from tlv import ROOT, checkpoint
 from tlv.config import LaunchConfig, TrainConfig, as_dict, load_json, resolve
 from tlv.files import write_json
 from tlv.ranks import free_port
-from tlv.runlog import say
+from tlv.runlog import SAID, say
 
 TAIL_LINES = 40
 # What a launcher sets for its own ranks; the caller may itself run under one.
@@ -29,7 +29,7 @@ PREFIXES = ("TORCHELASTIC_", "PMI_", "OMPI_")
 
 
 class LaunchError(RuntimeError):
-    """A rank failed; the message ends with the last lines of the log."""
+    """A rank failed; the message is what it said, or else the last lines of the log."""
 
 
 def command(config_path, launch_config: LaunchConfig, port: int) -> list[str]:
@@ -123,6 +123,10 @@ def _run(arguments: list[str], env: dict, log_path: Path) -> None:
         _stop(process)
     if code != 0:
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        lines = log_path.read_text(errors="replace").splitlines()
+        said = dict.fromkeys(line.removeprefix(SAID) for line in lines if line.startswith(SAID))
+        if said:  # each rank may have said it
+            raise LaunchError("\n".join([*said, f"(the whole log is {log_path})"]))
         lines = "\n".join(tail)
         raise LaunchError(f"training ended with {name}; the whole log is {log_path}, and its end "
                           f"is:\n{lines}\ncommand: {' '.join(arguments)}")

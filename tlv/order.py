@@ -33,21 +33,22 @@ def rank_batches(stream, micro_batch_size: int, rank: int, world_size: int) -> l
     return [[int(i) for i in stream[s : s + micro_batch_size]] for s in starts]
 
 
-NUM_ALIKE = 32  # micro-batches among which samples of like length find each other
+NUM_ALIKE = 32  # global batches among which samples of like length find each other
 
 
-def group_alike(stream, keys, micro_batch_size: int, seed: int) -> np.ndarray:
-    """A stream rearranged so that a micro-batch holds one modality and like lengths.
+def group_alike(stream, keys, global_batch_size: int, seed: int) -> np.ndarray:
+    """A stream rearranged so that a global batch holds one modality and like lengths.
 
-    keys[i] is (modality, length) of sample i. Samples move within NUM_ALIKE micro-batches only, so
-    every epoch still visits each once; a micro-batch on the border of two modalities holds both.
+    So there is less padding, and no rank waits for one with longer rows. keys[i] is (modality,
+    length) of sample i. Samples move within NUM_ALIKE global batches only, so every epoch still
+    visits each once; a batch on the border of two modalities holds both.
     Source: LLaVA's grouping by modality and length, which fails where there is one modality.
     """
-    groups, span = [], NUM_ALIKE * micro_batch_size
+    groups, size, span = [], global_batch_size, NUM_ALIKE * global_batch_size
     for start in range(0, len(stream), span):
         alike = sorted(stream[start : start + span], key=lambda index: keys[index])
-        batches = [alike[k : k + micro_batch_size] for k in range(0, len(alike), micro_batch_size)]
-        is_short = len(batches[-1]) < micro_batch_size
+        batches = [alike[k : k + size] for k in range(0, len(alike), size)]
+        is_short = len(batches[-1]) < size
         moved = np.random.default_rng([seed, start]).permutation(len(batches) - is_short)
         groups += [batches[k] for k in moved] + batches[len(moved) :]
     return np.array([index for group in groups for index in group], dtype=int)

@@ -18,6 +18,9 @@ def read_log(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+SAID = "tlv.train stopped: "  # in front of every line of what stopped a rank
+
+
 def say(text: str, is_first: bool = True) -> None:
     """A line on stderr from the first rank."""
     if is_first:

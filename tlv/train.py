@@ -4,8 +4,8 @@ The loss is the sum over answer tokens divided by the number of answer tokens of
 batch (all ranks, all accumulation steps): neither accumulation nor the number of ranks changes it.
 DeepSpeed averages gradients over ranks, so each micro-batch's sum is multiplied by their number;
 its own division by the accumulation steps is switched off. Taught in notebooks 03 and 04.
-Writes into out_dir: checkpoint/ (a tlv folder), log.jsonl, report.json, train_config.json, and
-adapter/ where adapters were trained.
+Writes into out_dir: checkpoint/ (a tlv folder, with adapter/ in it where adapters were trained),
+log.jsonl, report.json and train_config.json.
 """
 
 import contextlib
@@ -14,20 +14,23 @@ import math
 import os
 import shutil
 import sys
+import textwrap
+import traceback
 from pathlib import Path
 
 import torch
 
 from tlv import checkpoint, lora
-from tlv.bad_samples import BadSamples
+from tlv.bad_samples import BadSamples, TooManyBadSamples
 from tlv.builders import load_model
 from tlv.config import ConfigError, TrainConfig, as_dict, build, load_json, resolve
-from tlv.data import FeatureCache, VideoTextDataset, load_samples, make_loader
+from tlv.data import VideoTextDataset, load_samples, make_loader
+from tlv.feature_cache import FeatureCache
 from tlv.files import write_json
 from tlv.order import group_alike, rank_batches, sample_key, sample_stream
 from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
 from tlv.recipes import count_warmup_steps, learning_rate, parameter_groups, set_trainable
-from tlv.runlog import RunLog, bar, say
+from tlv.runlog import SAID, RunLog, bar, say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,14 +72,15 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     stream = sample_stream(len(samples), config.seed, 0, num_steps * global_batch)
     if config.group_by_length:
         keys = [sample_key(sample) for sample in samples]
-        stream = group_alike(stream, keys, config.micro_batch_size, config.seed)
+        stream = group_alike(stream, keys, global_batch, config.seed)
     batches = rank_batches(stream, config.micro_batch_size, ranks.rank, ranks.world_size)
     val_samples = load_samples(resolve(config.val_data)) if config.val_every else []
     val_batches = rank_batches(range(len(val_samples)), config.micro_batch_size, ranks.rank,
                                ranks.world_size)
     cache = FeatureCache(model, ranks.device, DTYPES[config.precision])
-    data = make_dataset(config, samples, model, processor, cache, batches, ranks)
-    val_data = make_dataset(config, val_samples, model, processor, cache, val_batches, ranks)
+    data = make_dataset(config, samples, model, processor, cache, stream, ranks)
+    val_data = make_dataset(config, val_samples, model, processor, cache, range(len(val_samples)),
+                            ranks)
     if config.quantize:
         lora.quantize(model, config.lora, config.quantize, DTYPES[config.precision], ranks.device)
     if config.lora:
@@ -138,18 +142,20 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     progress.close()
     log.close()
     weights = checkpoint.gather_weights(engine.module, ranks.is_first)
+    trained = weights
     if config.lora and ranks.is_first:
-        lora.save_adapter(weights, model.adapter_settings, out_dir / "adapter")
         before = load_model(resolve(config.model_dir))[0].state_dict() if config.quantize else None
-        weights = lora.merge(weights, model.adapter_settings, before)
+        weights = lora.merge(trained, model.adapter_settings, before)
     checkpoint.save_model(engine.module, weights, processor, out_dir / "checkpoint", ranks)
+    if config.lora and ranks.is_first:
+        lora.save_adapter(trained, model.adapter_settings, out_dir / "checkpoint" / "adapter")
     if ranks.is_first:
         write_json(out_dir / "train_config.json", as_dict(config))
         write_json(out_dir / "report.json", {
             "fingerprint": mark, "num_steps": num_steps, "global_batch_size": global_batch,
             "num_ranks": ranks.world_size, "num_samples": len(samples),
             "trained_parameters": counts, "num_bad": bad.count(is_used=False),
-            "num_cut": bad.count(is_used=True), "bad_samples": bad.as_list(),
+            "num_noted": bad.count(is_used=True), "bad_samples": bad.as_list(),
             "loss": log.last("loss"), "val_loss": log.last("val_loss")})
         shutil.rmtree(root / mark, ignore_errors=True)
     say(f"finished {num_steps} steps: {out_dir / 'checkpoint'}", ranks.is_first)
@@ -236,9 +242,11 @@ def check_inputs(config: TrainConfig) -> None:
              "model_dir": str(Path(config.model_dir) / "config.json")}
     for name, path in files.items():
         if path is not None and not resolve(path).is_file():
-            raise ConfigError(f"{name}: {resolve(path)} does not exist")
+            raise ConfigError(f"{name} = {path}: {resolve(path)} does not exist; run the stage "
+                              "that writes it, or correct the path")
     if not resolve(config.videos_dir).is_dir():
-        raise ConfigError(f"videos_dir: {resolve(config.videos_dir)} is no folder")
+        raise ConfigError(f"videos_dir = {config.videos_dir}: {resolve(config.videos_dir)} is no "
+                          "folder; it is named in the data card (world.json)")
     zero = load_json(resolve(config.zero_config)).get("zero_optimization", {})
     if config.quantize and zero.get("stage") == 3:
         raise ConfigError(f"quantize = {config.quantize!r}, but {config.zero_config} shares out "
@@ -258,15 +266,16 @@ def lock_run(root: Path):
         yield
 
 
-def make_dataset(config, samples, model, processor, cache, batches, ranks) -> VideoTextDataset:
-    """The dataset of one split; with cache_features its clips are encoded here, each once."""
+def make_dataset(config, samples, model, processor, cache, indices, ranks) -> VideoTextDataset:
+    """The dataset of one split; with cache_features its clips (those of the samples `indices`) are
+    encoded here, each once."""
     data = VideoTextDataset(samples, resolve(config.videos_dir), model, processor,
                             template=config.template, turns=config.turns,
                             timeout_s=config.decode_timeout_s,
                             gap_seed=config.seed if config.spread_positions else None)
     if config.cache_features:
-        cache.fill(data, [i for batch in batches for i in batch],
-                   lambda items: bar(ranks.is_first, iterable=items, desc="encoding clips"))
+        cache.fill(data, indices, lambda items: bar(ranks.is_first, iterable=items,
+                                                    desc="encoding clips"), ranks)
         data.cache = cache
     return data
 
@@ -307,7 +316,12 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: python -m tlv.train config.json")
     if os.environ.get("TLV_END_WITH_PARENT"):
         end_with_parent()
-    leave(train(build(TrainConfig, load_json(arguments[0]), arguments[0])))
+    try:
+        leave(train(build(TrainConfig, load_json(arguments[0]), arguments[0])))
+    except (ValueError, TrainingError, TooManyBadSamples) as error:  # whose words say what to do
+        traceback.print_exc()
+        print(textwrap.indent(str(error), SAID), file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
