@@ -13,7 +13,6 @@ from tlv import ROOT, committed, costs, report
 def test_tables_come_from_outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(costs, "ROOT", tmp_path)
-    monkeypatch.setattr(committed, "ROOT", tmp_path)
     costs.record_cost("tiny", "03_pretraining", 120, 2048 * 1024)
     costs.record_cost("tiny", "04_sft", 30, 1024 * 1024)
     costs.record_cost("tiny/image", "04_sft", 45, 1024 * 1024)
@@ -48,6 +47,7 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     folder = tmp_path / "outputs/tiny/long/06_long_video"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(long))
+    (tmp_path / "notebooks").mkdir()
     (tmp_path / "README.md").write_text(
         "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- costs -->\n<!-- /costs -->\n"
         "<!-- long -->\n<!-- /long -->\n<!-- grid -->\n<!-- /grid -->\n"
@@ -68,6 +68,9 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     assert "alone, fewer tokens | 20.0% (10.0% to 30.0%) |  | 20.0% (10.0% to 30.0%) |" in text
     assert "120 questions on clips of 500 to 10,000 frames; chance 25.0%." in text
     assert text.startswith("a\n") and "\nb\n" in text
+    shown = json.loads((tmp_path / committed.PATH).read_text())
+    assert list(shown) == ["tiny/long/06_long_video/metrics.json"]  # of the runs that are shown
+    assert shown["tiny/long/06_long_video/metrics.json"] == long
 
 
 def test_the_readme_has_the_marks_and_the_two_commands():
@@ -85,11 +88,13 @@ def test_the_readme_has_the_marks_and_the_two_commands():
 @pytest.fixture
 def head(tmp_path, monkeypatch):
     """README and results of the last commit: a reader's own run may differ, and may."""
-    archive = subprocess.run(["git", "archive", "HEAD", "README.md", "outputs"], cwd=ROOT,
-                             check=True, capture_output=True).stdout  # fmt: skip
+    archive = subprocess.run(
+        ["git", "archive", "HEAD", "README.md", "outputs", committed.PATH], cwd=ROOT, check=True,
+        capture_output=True,
+    ).stdout  # fmt: skip
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(tmp_path, filter="data")
-    for module in (report, costs, committed):
+    for module in (report, costs):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
 
@@ -97,19 +102,21 @@ def head(tmp_path, monkeypatch):
 def test_the_readme_shows_what_outputs_say(head):
     text = (head / "README.md").read_text()
     assert report.filled(text, "tiny") == text, "run `make report` and commit README.md"
+    shown = json.loads((head / committed.PATH).read_text())
+    assert shown == report.measured(), f"run `make report` and commit {committed.PATH}"
 
 
 def test_the_committed_world_and_model_reach_their_goals(head):
-    world = committed.metrics("tiny", "00_toy_world")
+    world = report.metrics_of("tiny", "00_toy_world")
     asked = {key: n for key, n in world.items() if key.startswith("num_test_questions/")}
     assert world["num_test_clips"] >= 300 and len(asked) == 8 and min(asked.values()) >= 150
-    found = committed.metrics("tiny", "05_evaluation")
+    found = report.metrics_of("tiny", "05_evaluation")
     assert found["accuracy/free"] >= 0.8 and found["accuracy/choice"] >= 0.85
     margins = {key: found[key.replace("baseline", "accuracy")] - value
                for key, value in found.items() if key.startswith("baseline/type/")}
     assert len(margins) == 8 * 3  # of a type together, freely, as multiple choice
     assert min(margins.values()) >= 0.25, margins
-    long = committed.metrics("tiny", "06_long_video")
+    long = report.metrics_of("tiny", "06_long_video")
     assert long["accuracy/dks_dfm"] - long["accuracy/chance"] >= 0.3
     assert long["accuracy/dks_dfm"] - long["accuracy/uniform"] >= 0.15
     assert long["hit_rate/dks"] >= 0.95 and long["num_questions"] >= 100

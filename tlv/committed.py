@@ -1,6 +1,7 @@
 """What the committed runs of the toy world found: shown in notebooks, never computed with.
 
-Cells that use it are tagged `measured`, so that no stage's result depends on another run's.
+`make report` gathers it in notebooks/measured.json, so that no notebook reads the outputs of a real
+run. Cells that use it are tagged `measured`: no stage's result depends on another run's.
 Taught in notebooks 02 to 04 and 06.
 """
 
@@ -19,39 +20,46 @@ FORMS = {
 }
 
 
-def metrics(preset: str, stage: str) -> dict:
-    """metrics.json of a stage's run; {} where there is none."""
-    path = ROOT / "outputs" / preset / stage / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+SHOWN = (  # below outputs/
+    *(f"{preset}/{stage}/metrics.json" for preset in MODELS.values()
+      for stage in ("02_architecture", "03_pretraining", "04_sft")),
+    "tiny/06_long_video/scaling.json",
+    "tiny/long/06_long_video/metrics.json",
+)  # fmt: skip
+PATH = "notebooks/measured.json"
+
+
+def found(name: str) -> dict:
+    """One of the files SHOWN, as the committed run wrote it; {} where there was no run."""
+    return json.loads((ROOT / PATH).read_text()).get(name, {})
 
 
 def side_by_side(stage: str, keys) -> str:
     """The metrics `keys` of both models as a table; a run that is not there has no column."""
-    found = {name: metrics(preset, stage) for name, preset in MODELS.items()}
-    found = {name: values for name, values in found.items() if values}
+    runs = {name: found(f"{preset}/{stage}/metrics.json") for name, preset in MODELS.items()}
+    runs = {name: values for name, values in runs.items() if values}
     width = max(map(len, keys)) + 2
-    rows = [" " * width + "".join(f"{name:>14}" for name in found)]
+    rows = [" " * width + "".join(f"{name:>14}" for name in runs)]
     for key in keys:
-        cells = [_cell(values.get(key)) for values in found.values()]
+        cells = [_cell(values.get(key)) for values in runs.values()]
         rows.append(f"{key:{width}}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(rows)
 
 
-def grid_table(preset: str) -> str:
-    """Answers on long clips for each selection and form of merging, from `make long`."""
-    found = metrics(f"{preset}/long", "06_long_video")
-    if not found:
-        return f"No run of `make long` with the preset `{preset}` yet."
+def grid_table(metrics: dict) -> str:
+    """Answers on long clips for each selection and form of merging: the metrics of `make long`."""
+    if not metrics:
+        return "No run of `make long` yet."
     rows = [f"| tokens | {' | '.join(WAYS.values())} |", "|---|---|---|---|"]
     for form, title in FORMS.items():
         keys = [f"accuracy/{way}" if (way, form) == ("uniform", "dfm") else f"accuracy/{way}_{form}"
                 for way in WAYS]  # fmt: skip
-        cells = [f"{found[k]:.1%} ({found[f'{k}/low']:.1%} to {found[f'{k}/high']:.1%})"
-                 if k in found else "" for k in keys]  # fmt: skip
+        cells = [f"{metrics[k]:.1%} ({metrics[f'{k}/low']:.1%} to {metrics[f'{k}/high']:.1%})"
+                 if k in metrics else "" for k in keys]  # fmt: skip
         rows.append(f"| {title} | {' | '.join(cells)} |")
-    lengths = [int(k.split("/")[-1]) for k in found if k.startswith("accuracy/uniform/frames/")]
-    rows.append(f"\n{found['num_questions']} questions on clips of {min(lengths)} to "
-                f"{max(lengths):,} frames; chance {found['accuracy/chance']:.1%}.")
+    lengths = [int(k.split("/")[-1]) for k in metrics if k.startswith("accuracy/uniform/frames/")]
+    rows.append(f"\n{metrics['num_questions']} questions on clips of {min(lengths)} to "
+                f"{max(lengths):,} frames; chance {metrics['accuracy/chance']:.1%}.")
     return "\n".join(rows)
 
 

@@ -1,19 +1,20 @@
 """The README's tables, from what runs left in outputs/.
 
 `python -m tlv.report costs` prints the cost table; `python -m tlv.report readme` puts it and the
-results between the README's `<!-- name -->` and `<!-- /name -->` lines.
+results between the README's `<!-- name -->` and `<!-- /name -->` lines, and what notebooks show of
+these runs into notebooks/measured.json.
 """
 
 import argparse
+import json
 import re
 import sys
 
 from tlv import ROOT
-from tlv.committed import WAYS, grid_table
-from tlv.committed import metrics as metrics_of
+from tlv.committed import PATH, SHOWN, WAYS, grid_table
 from tlv.costs import duration, read_costs
 from tlv.evaluate import FORMS
-from tlv.files import write_text
+from tlv.files import write_json, write_text
 
 BASELINE = "baseline/type/"
 PARTS = (
@@ -21,6 +22,21 @@ PARTS = (
     ("multiple choice", "accuracy/choice"),
     ("shape-colour pairs never seen in training", "accuracy/unseen_pairs"),
 )
+
+
+def metrics_of(preset: str, stage: str) -> dict:
+    """metrics.json of a stage's run; {} where there is none."""
+    return _read(f"{preset}/{stage}/metrics.json")
+
+
+def _read(name: str) -> dict:
+    path = ROOT / "outputs" / name
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def measured() -> dict:
+    """What `tlv.committed` shows, from the runs that are there."""
+    return {name: values for name in SHOWN if (values := _read(name))}
 
 
 def cost_table(preset: str) -> str:
@@ -105,7 +121,8 @@ def fill(text: str, name: str, table: str) -> str:
 
 def filled(text: str, preset: str) -> str:
     """The README with all its tables as outputs/<preset>/ has them."""
-    tables = {"costs": cost_table, "results": result_table, "long": long_table, "grid": grid_table}
+    tables = {"costs": cost_table, "results": result_table, "long": long_table,
+              "grid": lambda preset: grid_table(metrics_of(f"{preset}/long", "06_long_video"))}
     for name, table in tables.items():
         text = fill(text, name, table(preset))
     return text
@@ -121,7 +138,8 @@ def main(arguments=None) -> int:
         return 0
     path = ROOT / "README.md"
     write_text(path, filled(path.read_text(), options.preset))
-    print("README.md: tables filled")
+    write_json(ROOT / PATH, measured())
+    print(f"README.md: tables filled; {PATH}: gathered")
     return 0
 
 
