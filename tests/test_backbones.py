@@ -1,11 +1,14 @@
 """The tiny backbones: their loss, their captions, and folders that load like published ones."""
 
+import json
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tlv import ROOT, backbones, corpus, questions, world
+from tlv import ROOT, backbones, corpus, questions, toy_data, world
 from tlv.builders import build_model
 from tlv.config import load_params
 
@@ -52,6 +55,46 @@ def test_the_corpora_hold_no_held_out_pair():
     for colour, shape in world.HELD_OUT_PAIRS:
         assert (colour, shape) not in shown
         assert not any(f"{colour} {shape}" in text for text in texts)
+
+
+def test_no_scene_that_the_backbones_learn_from_is_in_a_split(tmp_path, monkeypatch):
+    """Corpora and clips come from the same functions: seeds that meet would draw scenes twice."""
+    drawn, draw = [], world.sample_scene
+
+    def record(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(world, "sample_scene", record)
+    monkeypatch.setattr(backbones, "Background", lambda jobs, **_: jobs)  # none is started
+    monkeypatch.setattr(backbones, "_text_loss", lambda *_: None)  # what is drawn is enough
+    monkeypatch.setattr(backbones, "_update", lambda *_: 0.0)
+    monkeypatch.setattr(toy_data, "_write_clips", lambda *_: None)
+    jobs = backbones.train_backbones(
+        tmp_path, seed=0, vision_steps=2, llm_steps=6, num_texts=60, vision_width=32,
+        vision_layers=2, llm_width=32, llm_layers=2, batch_size=160,
+    )  # fmt: skip
+    sources = {"tokenizer": {json.dumps(scene.to_dict()) for scene in drawn}}
+    for name, (train, settings) in jobs.items():
+        drawn.clear()
+        train(**settings)
+        assert not any(scene.pairs() & set(world.HELD_OUT_PAIRS) for scene in drawn)
+        sources[name] = {json.dumps(scene.to_dict()) for scene in drawn}
+    drawn.clear()
+    toy_data.make_pictures(tmp_path / "pictures", seed=0, num_train=200, num_val=20, num_test=60)
+    sources["pictures"] = {json.dumps(scene.to_dict()) for scene in drawn}
+    assert len(sources["pictures"]) == len(drawn) == 280  # nor is one of them in two splits
+    toy_data.make_world(tmp_path / "world", seed=0, num_train=400, num_val=40, num_test=120,
+                        defect_share=0.01)  # fmt: skip
+    card = toy_data.read_card(tmp_path / "world")
+    truth = json.loads(card["truth"].read_text())
+    leaked = {i for i, entry in truth["defects"].items() if entry["kind"] == "leaked_test_clip"}
+    for split in ("raw_qa", "val_qa", "test_questions"):
+        shown = [s for s in json.loads(card[split].read_text()) if s["id"] not in leaked]
+        sources[split] = {json.dumps(truth["scenes"][sample["video"]]) for sample in shown}
+    assert min(map(len, sources.values())) >= 40 and len(sources["llm"]) > 120
+    for a, b in combinations(sources, 2):
+        assert not sources[a] & sources[b], f"{a} and {b} share a scene"
 
 
 def test_lessons_are_dealt_out_in_order_and_ask_about_one_text():
@@ -116,7 +159,7 @@ def test_the_model_of_the_preset_gpu_has_30_to_100_million_parameters(tmp_path):
                   width=world_of["width"])  # fmt: skip
     backbones.train_vision(tmp_path / "vision", num_layers=world_of["vision_layers"], **common)
     backbones.train_llm(tmp_path / "llm", num_layers=world_of["llm_layers"], template="plain",
-                        **common)
+                        num_threads=1, **common)
     fields = {k: v for k, v in design.items() if k not in ("seed", "world_dir")}
     model, _ = build_model(tmp_path / "vision", tmp_path / "llm", **fields)
     assert 30e6 < sum(p.numel() for p in model.parameters()) < 100e6

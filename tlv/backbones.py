@@ -34,6 +34,8 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
+ALONE_FROM = 0.68  # share of the LLM's steps after which the encoder was seen to be done
+ROWS_TOGETHER = 4  # texts of like length, of 16, that the LLM reads in one pass: less padding
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
 
@@ -56,18 +58,19 @@ def train_backbones(
 
     They are written to `vision/` and `llm/` below `out_dir`. `num_texts` documents train the
     tokenizer. Encoder and language model know nothing of each other: each is trained in a process
-    of its own, with half of the CPU threads. The language model takes longer and goes first.
+    of its own, with half of the CPU threads. The language model takes longer and goes first; for
+    its last steps, when the encoder is done, it takes all threads.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([seed, 10])  # a stream of its own: no scene of the world
     lessons = [corpus.write_lesson(rng, i / num_texts) for i in range(num_texts)]
     texts = [templates.render([turn], template) for turns in lessons for turn in turns]
     texts += [questions.frame_caption(facts) for facts in corpus.write_frames(rng, num_texts)[1]]
     shared = dict(tokenizer=train_tokenizer(texts), seed=seed, batch_size=batch_size, device=device)
     llm = dict(
         out_dir=Path(out_dir) / "llm", num_steps=llm_steps, width=llm_width,
-        num_layers=llm_layers, template=template, **shared,
+        num_layers=llm_layers, template=template, num_threads=torch.get_num_threads(), **shared,
     )  # fmt: skip
     vision = dict(
         out_dir=Path(out_dir) / "vision", num_steps=vision_steps, width=vision_width,
@@ -186,6 +189,7 @@ def train_llm(
     width,
     num_layers,
     template,
+    num_threads,
     device,
 ):
     """Train the Qwen2-form language model on texts and save its folder. Returns the losses."""
@@ -209,14 +213,15 @@ def train_llm(
     model.model.embed_tokens.weight.data.normal_(std=0.7)
     losses = []
     for step, optimizers in _steps(model, num_steps, hold=0.6):
+        if step == int(ALONE_FROM * num_steps):  # by step and not by clock: every run adds up alike
+            torch.set_num_threads(num_threads)
         lessons = [corpus.write_lesson(rng, step / num_steps) for _ in range(batch_size // 4)]
         rows = [
             isolate([chat.encode([turn], template, tokenizer) for turn in turns])
             for turns in lessons
         ]
-        rows.sort(key=lambda row: len(row["input_ids"]))  # short ones together: less padding
-        half = len(rows) // 2
-        parts = rows[:half], rows[half:]
+        rows.sort(key=lambda row: len(row["input_ids"]))  # like ones together: less padding
+        parts = [rows[i : i + ROWS_TOGETHER] for i in range(0, len(rows), ROWS_TOGETHER)]
         losses.append(_update(model, optimizers, _text_loss(model, parts)))
         if step % 100 == 0 or step == num_steps - 1:
             LOG.info(f"llm step {step}: loss {losses[-1]:.3f}")
