@@ -97,7 +97,8 @@ def other_parts(tmp_path_factory):
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(out / "dinov2")
     crop = dict(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     CLIPImageProcessorPil(**crop).save_pretrained(out / "clip")
-    BitImageProcessorPil(**crop).save_pretrained(out / "dinov2")
+    smaller = dict(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48})
+    BitImageProcessorPil(**smaller).save_pretrained(out / "dinov2")  # as published: 518 and 224
     special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer = make_tokenizer(["A red circle moves to the left."], special, True)
     tokenizer.chat_template = CHAT
@@ -113,12 +114,14 @@ def other_parts(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "encoder, changes",
-    [("clip", dict(connector_type="mof_mlp", second_vision_dir="dinov2")),
+    [("clip", dict(connector_type="mof_mlp", second_vision_dir="dinov2", vision_feature_layer=-1)),
      pytest.param("clip", dict(image_mode="crop"), marks=MANY),
      pytest.param("dinov2", dict(connector_type="mean_pool", num_groups=2), marks=MANY)],
 )  # fmt: skip
 def test_other_encoders_and_llms_go_through_the_notebooks(encoder, changes, other_parts, tmp_path):
-    """From architecture to evaluation, as the preset own takes whatever a reader has."""
+    """From architecture to evaluation, as the preset own takes whatever a reader has; the encoder
+    is tuned through adapters, so that its features cannot be cached."""
+    tuning = dict(recipe="lora_vision", lora_rank=4, cache_features=False)
     card = read_card(smoke.world("outputs/scratch/00_toy_world/world"))
     parts = {"vision_dir": other_parts / encoder, "llm_dir": other_parts / "llm"}
     write_json(tmp_path / "world/world.json", {k: str(v) for k, v in (card | parts).items()})
@@ -130,8 +133,10 @@ def test_other_encoders_and_llms_go_through_the_notebooks(encoder, changes, othe
         given = {"world_dir": str(tmp_path / "world"), "out_dir": str(tmp_path / name), **given}
         execute_notebook(notebooks.FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given,
                          cwd=str(ROOT), progress_bar=False)  # fmt: skip
-        given = {"model_dir": str(tmp_path / name)} | (
-            dict(template=None) if name == NAMES[2] else {})  # stage 1 in the model's own form
+        given = {"model_dir": str(tmp_path / name)} | {
+            NAMES[2]: dict(template=None), NAMES[3]: tuning}.get(name, {})  # None: the model's own
+    report = json.loads((tmp_path / "04_sft/report.json").read_text())
+    assert report["trained_parameters"]["vision"] > 0
     assert json.loads((tmp_path / NAMES[5] / "metrics.json").read_text())["num_questions"] > 0
     assert load_model(tmp_path / "04_sft/checkpoint")[0].config.template["stop"] == "</s>"
 

@@ -40,7 +40,7 @@ def settings(name: str, preset: str = "paper") -> TrainConfig:
     defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
     world = ROOT / values["world_dir"]
     names = defaults | values | {
-        "build": build, "TrainConfig": TrainConfig, "recipes": recipes,
+        "build": build, "TrainConfig": TrainConfig, "recipes": recipes, "ranks": ranks(preset),
         "start_dir": "model", "manifest": "data.json",
         "card": {key: world / key for key in ("videos_dir", "val_captions", "val_qa")}}
     cells = [c.source for c in notebook.cells
@@ -50,8 +50,9 @@ def settings(name: str, preset: str = "paper") -> TrainConfig:
     return names["config"]
 
 
-def ranks() -> LaunchConfig:
-    return build(LaunchConfig, load_params(ROOT / "params/paper/launch.yaml"))
+def ranks(preset: str = "paper") -> LaunchConfig:
+    folder = ROOT / "params" / preset.split("/")[0]  # own/image starts as own does
+    return build(LaunchConfig, load_params(folder / "launch.yaml"))
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -68,6 +69,7 @@ def test_the_published_recipe_stands_in_the_yaml(name):
     assert load_json(resolve(config.zero_config))["zero_optimization"]["stage"] == 3
     assert config.template == ("pretrain" if name == "03_pretraining" else None)  # the model's own
     assert config.turns == "packed" and config.seed == 42
+    assert config.num_threads == 4  # of the machine's 16 a rank's share
 
 
 @pytest.mark.parametrize("name, rate, llm_rate, global_batch", [
@@ -168,9 +170,8 @@ def test_the_own_preset_tunes_adapters_on_one_device(vision_dir, llm_dir, tmp_pa
             num_threads=1, device="cpu")
         assert (config.lora, config.lora_rank, config.lora_alpha) == (
             (("llm",), 128, 256.0) if name == "04_sft" else ((), 128, 256.0))
-        one = build(LaunchConfig, load_params(ROOT / "params/own/launch.yaml"))
-        model_dir = launch(config, one)
-    assert (tmp_path / "04_sft/adapter/adapter_config.json").is_file()
+        model_dir = launch(config, ranks("own"))
+    assert (tmp_path / "04_sft/checkpoint/adapter/adapter_config.json").is_file()
     told = ask.ask(world / "0.mp4", "What happens?", model_dir, max_new_tokens=4)
     assert "frames looked at: 4 of 6" in told
 

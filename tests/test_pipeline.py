@@ -145,8 +145,9 @@ def test_metrics_plots_and_experiments(project):
     shown = json.loads(run(["dvc", "metrics", "show", "--json"], project))
     assert len(shown[""]["data"]) == len(NAMES + IMAGE)
     assert "loss.csv" in run(["dvc", "plots", "show", "--json"], project)
-    change = "params/smoke/05_evaluation.yaml:seed=3"
-    done = run(["dvc", "exp", "run", "-n", "three", "-S", change], project)
+    path = "params/smoke/05_evaluation.yaml"
+    changes = ["-S", f"{path}:seed=3", "-S", f"{path}:+rate=1.0e-5"]  # which DVC writes as 1e-05
+    done = run(["dvc", "exp", "run", "-n", "three", *changes], project)
     assert "Running stage '05_evaluation'" in done and "Running stage '04_sft'" not in done
     metrics = project / "outputs/smoke/05_evaluation/metrics.json"
     assert json.loads(metrics.read_text())["seed"] == 3
@@ -262,6 +263,13 @@ def test_real_notebooks_run_at_smoke_scale_and_only_once(real):
     pictures = json.loads((real / "outputs/smoke/image/05_evaluation/metrics.json").read_text())
     assert "accuracy/type/place" in pictures and "accuracy/type/order" not in pictures
     assert repro(real) == []
+
+
+def test_filtering_and_training_again_give_the_same_bytes(real):
+    lock = (real / "dvc.lock").read_text()
+    for name in ("01_data_filtering", "03_pretraining"):
+        assert repro(real, "--force", "--single-item", name) == [name]
+    assert (real / "dvc.lock").read_text() == lock
 
 
 def test_a_killed_pipeline_goes_on_where_its_training_was(real):

@@ -1,15 +1,18 @@
 """Pixels, prompts and the chat template of the processor."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv.mp4 import write_video
-from tlv.processor import TlvProcessor
+from tlv.pretrained import load_part
+from tlv.processor import IMAGE_MODES, TlvProcessor
 from tlv.templates import render
 
 PROMPT = "<video>\nWhat is he doing?"
@@ -55,6 +58,42 @@ def test_modes_equal_the_published_preprocessing(shape, tokenizer):
     ours = TlvProcessor(clip, tokenizer, image_mode="pad").process_frames(frame[None])
     wanted = clip(images=canvas, return_tensors="pt").pixel_values  # a square: nothing is cut
     assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.48, 0.2, 0.9)])  # SigLIP's; one per channel
+@pytest.mark.parametrize("shape", [(41, 56), (56, 41), (20, 31), (33, 33)])
+def test_pad_for_siglip_by_hand(shape, mean, tokenizer):
+    """As the checkpoints of TinyLLaVABench were trained: 127 around the frame, then squashed."""
+    frame = np.random.RandomState(2).randint(0, 256, (*shape, 3)).astype(np.uint8)
+    (height, width), side = shape, max(shape)
+    canvas = np.empty((side, side, 3), np.uint8)
+    canvas[:] = [int(value * 255) for value in mean]  # cut off, not rounded
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = frame
+    small = np.array(Image.fromarray(canvas).resize((32, 32), Image.Resampling.BICUBIC))
+    wanted = torch.from_numpy((small / 255 - mean) / 0.5).permute(2, 0, 1).float()  # (3, H, W)
+    siglip = SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=mean)
+    ours = TlvProcessor(siglip, tokenizer, image_mode="pad").process_frames(frame[None])
+    assert ours.shape == (1, 3, 32, 32) and torch.allclose(ours[0], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+def test_clips_old_settings_name_a_side_by_one_number(mode, tmp_path, tokenizer):
+    """As openai/clip-vit-large-patch14-336 has them; what is read is the form of today."""
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 336},
+                                 crop_size={"height": 336, "width": 336})  # fmt: skip
+    old = dict(
+        crop_size=336, do_center_crop=True, do_normalize=True, do_resize=True,
+        feature_extractor_type="CLIPFeatureExtractor", image_mean=list(clip.image_mean),
+        image_std=list(clip.image_std), resample=3, size=336,
+    )  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    read = load_part(AutoImageProcessor, tmp_path, "vision_dir", backend="pil")
+    frame = np.random.RandomState(3).randint(0, 256, (1, 40, 56, 3)).astype(np.uint8)
+    ours, wanted = (TlvProcessor(p, tokenizer, image_mode=mode) for p in (read, clip))
+    pixels = ours.process_frames(frame)
+    assert ours.side == 336 and pixels.shape == (1, 3, 336, 336)
+    assert torch.equal(pixels, wanted.process_frames(frame))
 
 
 def test_an_unknown_image_mode_lists_the_known_ones(tokenizer):

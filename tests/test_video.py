@@ -137,6 +137,25 @@ def test_write_refuses_what_h264_cannot_hold(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("height", [64, 48])  # decord fails where the turned width is no 32s
+@pytest.mark.parametrize("matrix, quarters", [
+    ((1, 0, 0, 1), 0), ((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)])  # fmt: skip
+def test_frames_are_turned_as_the_file_says_they_are_shown(tmp_path, matrix, quarters, height):
+    """By quarters, clockwise: a phone writes them into the track header of its clips."""
+    plain, turned = tmp_path / "plain.mp4", tmp_path / "turned.mp4"
+    data = bytearray(encode(plain, numbered_frames(12, height)).read_bytes())
+    place = data.index(b"tkhd") + 44  # a 3 x 3 matrix of 16.16 numbers (ISO 14496-12, 8.3.2)
+    a, b, c, d = (int(x * 65536).to_bytes(4, "big", signed=True) for x in matrix)
+    data[place : place + 20] = a + b + bytes(4) + c + d
+    turned.write_bytes(data)
+    wanted = np.rot90(video.read_frames(plain, [0, 9]), -quarters, axes=(1, 2))
+    np.testing.assert_array_equal(video.read_frames(turned, [0, 9]), wanted)
+    for frames in decode_both(turned, [0, 9]) if height == 64 else ():
+        np.testing.assert_array_equal(frames, wanted)
+    info = video.probe(turned)
+    assert (info.height, info.width) == wanted.shape[1:3]
+
+
 def test_read_frames_keeps_the_order_asked_for(clip_path):
     assert numbers(video.read_frames(clip_path, [40, 3, 3, 59])) == [40, 3, 3, 59]
     with pytest.raises(VideoError, match="frame 60 was asked for, it has frames 0 to 59"):

@@ -1,0 +1,53 @@
+"""After installation nothing needs the network: a model is built, saved, loaded and asked."""
+
+import socket
+
+import pytest
+from huggingface_hub import constants
+
+from tlv.ask import answer
+from tlv.builders import load_model
+
+LOCAL = ("127.0.0.1", "::1", "localhost", None, "")
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """Refuses connections and look-ups that leave the machine; lists them, as some are caught."""
+    found = []
+
+    def guard(function, host_of):
+        def call(*args, **kwargs):
+            host = host_of(*args, **kwargs)
+            if host not in LOCAL:
+                found.append(host)
+                raise OSError(f"the test forbids the network: {host}")
+            return function(*args, **kwargs)
+
+        return call
+
+    def peer(connection, address):
+        return None if connection.family == socket.AF_UNIX else address[0]
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name), peer))
+    for name in ("getaddrinfo", "gethostbyname"):
+        look_up = guard(getattr(socket, name), lambda host, *args, **kwargs: host)
+        monkeypatch.setattr(socket, name, look_up)
+    # As a user has it, who sets no HF_HUB_OFFLINE: the hub would be asked.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return found
+
+
+def test_a_model_is_built_saved_loaded_and_asked_without_the_network(
+    attempts, build_tiny, clip_frames, tmp_path
+):
+    for part in build_tiny():
+        part.save_pretrained(tmp_path)
+    model, processor = load_model(tmp_path)
+    assert isinstance(answer(model, processor, clip_frames(), "Where?", 4), str)
+    assert not attempts
+    for name in ("example.org", "192.0.2.1"):  # what was forbidden is seen
+        with pytest.raises(OSError, match="forbids"):
+            socket.create_connection((name, 80), timeout=1)
+    assert attempts == ["example.org", "192.0.2.1"]
