@@ -14,7 +14,7 @@ help: ## print this list
 venv: ## build .venv from requirements.txt (about 4 GB with GPU wheels; once)
 	@if cmp -s requirements.txt .venv/installed.txt; then exit 0; fi; set -e; \
 	echo "== building .venv with $(PYTHON): some minutes, once =="; \
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv; \
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv; \
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; \
 	echo "== installing tlv itself, editable =="; \
 	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .; \
