@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from tlv.model import TlvConfig, TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError, forget_code, load_part, quiet, read_config
 from tlv.published import LEGACY_LLMS, collect, find_layout, rename
 from tlv.templates import OWN, TEMPLATES, resolve_template
-from tlv.vision import vision_part
+from tlv.vision import count_seen_layers, picture_size, vision_part
 
 LOG = logging.getLogger(__name__)
 
@@ -55,6 +56,11 @@ LEGACY_ENCODERS = {
     "bczhou/TinyLLaVA-1.5B-SigLIP": "google/siglip-so400m-patch14-384",
     "bczhou/TinyLLaVA-2.0B-SigLIP": "google/siglip-so400m-patch14-384",
     "bczhou/TinyLLaVA-3.1B-SigLIP": "google/siglip-so400m-patch14-384",
+}
+OLD_STABLELM = {  # names of StableLM-2's own code, from before transformers knew it: today's
+    "rope_pct": "partial_rotary_factor",
+    "norm_eps": "layer_norm_eps",
+    "num_heads": "num_attention_heads",
 }
 # Buffers of old versions of transformers, computed anew when a model is made.
 IGNORED = re.compile(r"\.(position_ids|inv_freq|masked_bias|attn\.bias)$")
@@ -84,6 +90,8 @@ def read_vision_config(source: Path, raw: dict, layout: str, vision_dir=None, se
     if second_dir is not None:
         second = vision_part(read_config(second_dir, "second_vision_dir"))
         config = AutoConfig.for_model("tlv_mixture", first_config=config, second_config=second)
+    elif config.model_type == "dinov2" and config.image_size == 518:
+        config.picture_size = 224  # what its image processor makes; its config does not say
     return config
 
 
@@ -100,6 +108,9 @@ def read_text_config(source: Path, raw: dict, layout: str):
     fields = dict(raw if layout == "legacy" else raw.get("text_config") or {})
     if layout == "legacy":
         fields["model_type"] = LEGACY_LLMS[raw["architectures"][0]]
+    if fields.get("model_type") == "stablelm":  # a field that is unknown would be left unread
+        today = {new: fields.pop(old) for old, new in OLD_STABLELM.items() if old in fields}
+        fields = today | fields
     unwanted = ("architectures", "_name_or_path", "torch_dtype")
     wanted = {k: v for k, v in fields.items() if k not in unwanted and not k.startswith("mm_")}
     return _make_config(source, "text_config", wanted)
@@ -111,9 +122,12 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
     vision = read_vision_config(source, raw, layout, vision_dir, second_vision_dir)
     text, prefix = read_text_config(source, raw, layout), "mm_" if layout == "legacy" else ""
     published = raw.get("mm_projector_type" if layout == "legacy" else "connector_type")
-    if published not in CONNECTOR_NAMES:
+    known = dict(CONNECTOR_NAMES)
+    if layout == "legacy":  # its resampler is bench_resampler here; no weights were released
+        known = {name: ours for name, ours in known.items() if "resampler" not in name}
+    if published not in known:
         raise ModelFolderError(f"{source}: connector {published!r} is unknown; known are "
-                               f"{', '.join(CONNECTOR_NAMES)}")
+                               f"{', '.join(known)}")
     connector, is_video = CONNECTOR_NAMES[published]
     layer, select = (
         ("mm_vision_select_layer", "mm_vision_select_feature") if prefix
@@ -126,7 +140,8 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
     if shape not in modes:
         raise ModelFolderError(f"{source}: image_aspect_ratio {shape!r} is not supported; "
                                f"published models use {', '.join(modes)}")
-    template = resolve_template(template or find_template(text, tokenizer), tokenizer, str(source))
+    template = template or find_template(source, text, tokenizer)
+    template = resolve_template(template, tokenizer, str(source))
     carried = dict(
         connector_type=connector, num_queries=raw.get("num_queries") or 128,
         num_groups=raw.get("group") or 1,
@@ -140,13 +155,13 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
                      video_token_id=video_token_id(tokenizer), **(carried | fields))
 
 
-def find_template(text_config, tokenizer) -> str:
+def find_template(source, text_config, tokenizer) -> str:
     """The template that a language model was trained with: its family's, by its end token."""
     names = TEMPLATES_OF.get(text_config.model_type, ())
     fitting = [name for name in names if TEMPLATES[name].stop == tokenizer.eos_token]
     if not fitting:
-        raise ModelFolderError(f"no template is known for a {text_config.model_type!r} model whose "
-                               f"end token is {tokenizer.eos_token!r}; name one of "
+        raise ModelFolderError(f"{source}: no template is known for a {text_config.model_type!r} "
+                               f"model whose end token is {tokenizer.eos_token!r}; name one of "
                                f"{', '.join(TEMPLATES)} as template, or {OWN}: the tokenizer's")
     return fitting[0]
 
@@ -161,8 +176,7 @@ def unseen_names(config: TlvConfig) -> re.Pattern:
     patterns = []
     for number, part in enumerate(parts):
         count = part.num_hidden_layers
-        layer = config.vision_feature_layer
-        first = layer + count + 1 if layer < 0 else layer
+        first = count_seen_layers(count, config.vision_feature_layer)
         rest = "|".join(str(i) for i in range(first, count)) or "none"
         prefix = rf"vision_encoder\.(encoders\.{number}\.)?"
         patterns.append(rf"{prefix}(encoder\.layers?\.({rest})\.|post_layernorm\.|layernorm\.|head\."
@@ -204,21 +218,22 @@ def match(config: TlvConfig, found: dict[str, torch.Tensor], source) -> dict[str
 # ---- the whole ------------------------------------------------------------------------------
 
 
-def make_image_processor(vision_config):
+def make_image_processor(source, vision_config):
     """The pixels that a published encoder was trained with, which a checkpoint does not hold."""
     vision = getattr(vision_config, "first_config", vision_config)
-    side = vision.image_size
+    side = picture_size(vision)
     square = {"height": side, "width": side}
     if vision.model_type == "siglip_vision_model":
         return SiglipImageProcessorPil(size=square)
     processor = {"clip_vision_model": CLIPImageProcessorPil, "dinov2": BitImageProcessorPil}
     if vision.model_type not in processor:
-        raise ModelFolderError(f"no image processor is known for {vision.model_type!r}; known are "
-                               f"siglip_vision_model, {', '.join(processor)}")
-    means = {}
+        raise ModelFolderError(f"{source}: no image processor is known for a {vision.model_type!r} "
+                               f"encoder; known are siglip_vision_model, {', '.join(processor)}")
+    shortest, means = side, {}
     if vision.model_type == "dinov2":
+        shortest = side * 8 // 7  # 256 for 224
         means = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
-    return processor[vision.model_type](size={"shortest_edge": side}, crop_size=square, **means)
+    return processor[vision.model_type](size={"shortest_edge": shortest}, crop_size=square, **means)
 
 
 def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_dir=None,
@@ -246,11 +261,10 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
         second_vision_dir=second_vision_dir, template=template, **fields,
     )  # fmt: skip
     weights = match(config, collect(source, layout), source)
-    config.dtype = next(iter(weights.values())).dtype
-    with torch.device("meta"):
-        model = TlvForConditionalGeneration(config)
+    with torch.device("meta"):  # its dtype is what config.json will say
+        model = TlvForConditionalGeneration(config).to(next(iter(weights.values())).dtype)
     model.generation_config = make_generation_config(config, tokenizer)
-    images = make_image_processor(config.vision_config)
+    images = make_image_processor(source, config.vision_config)
     processor = build_processor(config, model.connector, images, tokenizer)
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -260,8 +274,8 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
     return config
 
 
-def main(arguments=None) -> None:
-    """The command."""
+def main(arguments=None) -> int:
+    """The command: prints what was carried over; or why nothing was written, and returns 1."""
     parser = argparse.ArgumentParser(prog="python -m tlv.convert", description=__doc__)
     parser.add_argument("source", help="the published checkpoint's folder")
     parser.add_argument("out", help="the folder to write")
@@ -278,12 +292,17 @@ def main(arguments=None) -> None:
     options = {key: value for key, value in options.items() if value is not None}
     if options.get("sampling") != "fps" and {"fps", "max_frames"} & set(options):
         parser.error("--fps and --max-frames say nothing without --sampling fps")
-    config = convert(options.pop("source"), options.pop("out"), **options)
+    try:
+        config = convert(options.pop("source"), options.pop("out"), **options)
+    except ValueError as error:  # of the folder, or of a template that does not go with it
+        print(error)
+        return 1
     print(json.dumps({key: getattr(config, key) for key in (
         "connector_type", "template", "num_frames", "sampling", "fps", "max_frames",
         "vision_feature_layer", "drop_first_patch", "image_mode", "max_seq_len",
     )}, indent=1))  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -148,7 +148,8 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
             lengths = [len(clip) for clip in pixel_values_videos]
             frames = torch.cat(list(pixel_values_videos))  # (sum of T, C, H, W)
             video_features = self.vision_features(frames).split(lengths)
-        dtype, device = next(self.connector.parameters()).dtype, self.device
+        # A connector without parameters (identity) takes features as they are.
+        dtype, device = next(self.connector.parameters(), video_features[0]).dtype, self.device
         clips = [clip.to(device, dtype) for clip in video_features]  # (T, N, D_v)
         if isinstance(self.connector, Vilamp):
             return self.connector(clips, keyframes, queries.to(device))
