@@ -200,8 +200,8 @@ BENCH = dict(FACTORY, num_layers=3, num_heads=12, width=768)
         ("resampler", "SigLIP -> Phi-2", dict(FACTORY, num_layers=3), 176_345_600),
         ("bench_resampler", "CLIP -> TinyLlama", BENCH, 24_101_376),
         # 12 x (self-attention 2,363,904 + feed-forward 4,723,968) + 6 x cross-attention 2,757,120
-        # + queries 98,304 + first norm 1,536 (published without) + matrix 1,574,912
-        ("qformer", "CLIP -> TinyLlama", dict(BENCH, num_layers=12), 103_271_936),
+        # + queries 98,304 + matrix 1,574,912; its first norm has no parameters
+        ("qformer", "CLIP -> TinyLlama", dict(BENCH, num_layers=12), 103_270_400),
         ("mof_mlp", "CLIP -> TinyLlama", dict(vision_widths=(1024, 1024)), 2 * 6_295_552),
     ],
 )

@@ -3,7 +3,9 @@
 import pytest
 
 from tlv import ROOT
+from tlv.connectors import CONNECTORS
 from tlv.designs import (
+    CONNECTOR_SIZES,
     ENCODERS,
     LLMS,
     count_parameters,
@@ -89,8 +91,24 @@ def test_siglip_without_its_first_patch_gives_728_tokens():
 
 def test_the_table_of_designs_counts_what_building_each_would_give():
     table = tabulate_designs()
-    assert list(table) == list(ENCODERS) and set(table[CLIP]) == {"tokens", *LLMS}
-    assert [row["tokens"] for row in table.values()] == [576, 729, 256, 1152]
-    for encoder, connector in ((SIGLIP, "mlp2x_gelu"), (MIXTURE, "mof_mlp")):
-        design = make_design(encoder, QWEN_HALF, connector_type=connector)
-        assert table[encoder][QWEN_HALF] == count_parameters(design)["total"]
+    mixed = {("CLIP + DINOv2", "mof_mlp"), ("CLIP + DINOv2", "identity")}  # 2048 wide, as TinyLlama
+    everywhere = {name for name in CONNECTOR_SIZES if name not in ("identity", "mof_mlp")}
+    assert set(table) == mixed | {(e, name) for e in ENCODERS for name in everywhere}
+    assert [table[encoder, "linear"]["picture"] for encoder in ENCODERS] == [576, 729, 256, 576]
+    assert table[MIXTURE, "mof_mlp"]["picture"] == 1152
+    only = [llm for llm in LLMS if table[MIXTURE, "identity"][llm]]
+    assert only == [TINYLLAMA, STABLELM, GEMMA, QWEN]
+    for encoder, name in ((SIGLIP, "mlp2x_gelu"), (CLIP, "qformer"), (MIXTURE, "mof_mlp")):
+        fields = dict(connector_type=name, **CONNECTOR_SIZES[name])
+        total = count_parameters(make_design(encoder, QWEN_HALF, **fields))["total"]
+        assert table[encoder, name][QWEN_HALF] == total
+
+
+def test_connectors_of_the_table_are_all_that_there_are_in_their_published_sizes():
+    assert list(CONNECTOR_SIZES) == [name.replace("{N}", "2") for name in CONNECTORS]
+    cells = tabulate_designs()
+    linear = cells[CLIP, "linear"][TINYLLAMA]
+    more = {"mlp2x_gelu": 6_295_552, "resampler": 115_648_512, "bench_resampler": 24_101_376}
+    for name, wanted in more.items():
+        assert cells[CLIP, name][TINYLLAMA] - linear == wanted - 2_099_200, name
+    assert cells[SIGLIP, "group_resampler"]["clip"] == cells[SIGLIP, "mean_pool"]["clip"] == 512

@@ -1,6 +1,7 @@
 """What is trained and how fast."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -116,12 +117,20 @@ def test_a_recipe_is_chosen_by_name_and_what_is_given_replaces_its_own():
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14-336", "facebook/dinov2-large",
                                   "CLIP + DINOv2"])
-def test_other_encoders_are_partly_tuned_too(name):
+def test_other_encoders_are_partly_tuned_from_the_same_share_of_their_depth(name):
     with torch.device("meta"):
         design = make_design(name, "Qwen/Qwen2-0.5B", connector_type="linear")
         model = TlvForConditionalGeneration(design)
-    part, whole = (set_trainable(model, ("vision",), (), share)["vision"] for share in (12 / 27, 0))
-    assert 0 < part < whole < sum(p.numel() for p in model.vision_encoder.parameters())
+    whole = set_trainable(model, ("vision",), (), 0)["vision"]
+    part = set_trainable(model, ("vision",), (), 12 / 27)["vision"]
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    numbers = {int(re.search(r"layers?\.(\d+)\.", n)[1]) for n in trained}
+    assert numbers == set(range(11, 23))  # 12 of 27 is 10.7 of 24; the last one is never seen
+    a_layer = 12 * 1024**2 + 13 * 1024  # weights and biases, and the two norms
+    scales = 2 * 1024 if name == "facebook/dinov2-large" else 0  # DINOv2 scales both branches
+    encoders = 2 if name == "CLIP + DINOv2" else 1
+    assert part == 12 * encoders * (a_layer + scales) + 12 * 2 * 1024 * (encoders - 1)
+    assert part < whole < sum(p.numel() for p in model.vision_encoder.parameters())
 
 
 def test_every_trained_parameter_of_the_encoder_gets_a_gradient(tiny):

@@ -201,7 +201,7 @@ def test_equal_runs_write_equal_bytes_whatever_the_folder(configure):
 
 
 @pytest.mark.parametrize("stage,precision,others", [
-    (0, "fp32", {}), (3, "bf16", {}),
+    (0, "fp32", {}), (3, "bf16", {}), (0, "fp32", dict(optimizer="muon")),
     # Dropout draws from the generator that a checkpoint holds.
     (0, "fp32", dict(lora=("llm",), lora_rank=4, lora_alpha=8.0, lora_dropout=0.5))])
 def test_a_resumed_run_equals_the_uninterrupted_one(
@@ -226,7 +226,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 def test_two_ranks_that_are_killed_go_on_as_if_nothing_had_been(configure, capfd):
     """With all that the pipeline of the preset tiny asks for."""
     common = dict(save_every=5, num_steps=60, grad_accum_steps=1, max_grad_norm=1.0,
-                  cache_features=True, group_by_length=True, turns="isolated")  # fmt: skip
+                  cache_features=True, group_by_length=True, turns="isolated",
+                  optimizer="muon")  # fmt: skip
     whole, broken = configure("whole", **common), configure("broken", **common)
     launch(whole, LaunchConfig(num_ranks=2))
     code = ("import json, sys; from tlv.config import LaunchConfig, TrainConfig, build; "
@@ -377,7 +378,9 @@ def test_what_stops_two_ranks_is_said_once(configure, tmp_path):
 @pytest.mark.parametrize("changes,message", [
     ({"data": "/nowhere.json"}, "data = /nowhere.json: .* does not exist; run the stage that"),
     ({"model_dir": "/nowhere"}, "model_dir = /nowhere/config.json: .* does not exist"),
-    ({"videos_dir": "/nowhere"}, "videos_dir = /nowhere: .* is no folder; it is named in the")])
+    ({"videos_dir": "/nowhere"}, "videos_dir = /nowhere: .* is no folder; it is named in the"),
+    ({"optimizer": "muon", "precision": "bf16"}, "'muon' with .* precision = 'bf16': it needs"),
+    ({"optimizer": "muon", "zero_config": "params/deepspeed_zero2.json"}, "take fp32 and ZeRO 0")])
 def test_missing_inputs_are_named_before_anything_starts(configure, changes, message):
     with pytest.raises(ConfigError, match=message):
         launch(configure(**changes))

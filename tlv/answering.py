@@ -51,17 +51,19 @@ def with_other_clip(questions: list[dict], seed: int) -> list[dict]:
 
 @torch.inference_mode()
 def generate_answers(model, processor, questions: list[dict], videos_dir, *, batch_size: int = 32,
-                     max_new_tokens: int = 32, timeout_s=None,
+                     max_new_tokens: int = 32, timeout_s=None, frames_of: Callable | None = None,
                      progress: Callable = iter) -> list[Answer]:  # fmt: skip
     """Greedy answers, in the order of `questions`; a question whose "video" is None is asked blind.
 
     Questions of one clip follow each other, so that each clip is decoded and encoded once. Rows are
     padded on the left and clips go in as features (T, N, D_v). A clip that cannot be decoded gives
-    an Answer with its error. `progress` wraps the batches (tqdm).
+    an Answer with its error. `frames_of` gives a "video"'s frames (T, H, W, 3) uint8 where others
+    are wanted than the model samples. `progress` wraps the batches (tqdm).
 
     A model that chooses frames by the question takes a question's `query`, or else its first line,
     and one clip at a time; then a query that the selector refuses gives an Answer with its error,
-    and `timeout_s` does not apply. Raises BudgetError for a clip beyond the LLM's context.
+    and neither `timeout_s` nor `frames_of` applies. Raises BudgetError for a clip beyond the LLM's
+    context.
     """
     is_training = model.training
     model.eval()
@@ -73,6 +75,9 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
     def place(i):
         return questions[i]["video"] or "", len(questions[i]["question"]), i
 
+    def sample(name):
+        return processor.sample(Path(videos_dir) / name, timeout_s).frames
+
     order = sorted(range(len(questions)), key=place)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: dict[int, Answer] = {}
@@ -81,7 +86,7 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
         names = {questions[i]["video"] for i in batch} - {None}
         clips = {n: clips.get(n) for n in names}  # what the last batch saw and this one needs
         for name in sorted(n for n in names if clips[n] is None):
-            clips[name] = _encode_clip(model, processor, Path(videos_dir) / name, timeout_s)
+            clips[name] = _encode_clip(model, processor, frames_of or sample, name)
         for i in batch:
             if isinstance(clips.get(questions[i]["video"]), VideoError):
                 found[i] = Answer("", error=str(clips[questions[i]["video"]].reason))
@@ -124,13 +129,13 @@ def _answer_long(model, processor, questions, videos_dir, max_new_tokens, progre
     return [found[i] for i in range(len(questions))]
 
 
-def _encode_clip(model, processor, path: Path, timeout_s):
+def _encode_clip(model, processor, frames_of, name):
     """A clip as the model sees it: features (T, N, D_v), or the VideoError."""
     try:
-        clip = processor.sample(path, timeout_s)
+        frames = frames_of(name)  # (T, H, W, 3)
     except VideoError as error:
         return error
-    pixels = processor.process_frames(clip.frames)  # (T, C, H, W)
+    pixels = processor.process_frames(frames)  # (T, C, H, W)
     return model.vision_features(pixels.to(model.device, model.dtype))
 
 

@@ -62,7 +62,7 @@ def _ask_long(model, processor, path, question, max_new_tokens) -> str:
     return f"{text}\nkeyframes: {len(keyframes)} of the {len(numbers)} frames looked at\n{seen}"
 
 
-def _device(name: str) -> str:
+def to_device(name: str) -> str:
     """A device that can be computed on; an argparse error for another."""
     if name == "auto":
         return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -82,7 +82,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", required=True, metavar="DIR",
                         help="a checkpoint, such as outputs/tiny/04_sft/checkpoint")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--device", type=_device, default="auto", help="auto (a GPU where there "
+    parser.add_argument("--device", type=to_device, default="auto", help="auto (a GPU where there "
                         "is one), cpu, cuda ...")  # fmt: skip
     a = parser.parse_args(arguments)
     try:

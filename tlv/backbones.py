@@ -26,6 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from tlv import chat, corpus, questions, templates, world
 from tlv.background import Background
 from tlv.isolation import isolate, pad_rows
+from tlv.optimizers import split_matrices
 
 LOG = logging.getLogger(__name__)
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -284,8 +285,7 @@ def _steps(model, num_steps, hold: float = 0.0):
     Muon for the matrices of the layers, AdamW for all else. The rates stay at their peak for the
     share `hold` of the steps.
     """
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    matrices, others = split_matrices(model)
     optimizers = {
         torch.optim.Muon(
             matrices, lr=MUON_LR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"

@@ -196,6 +196,7 @@ class TrainConfig:
     lora_dropout: float = 0.05
     adapter_dir: str | None = None  # an adapter to go on with; None: a new one
     quantize: Literal["int8", "nf4"] | None = None  # QLoRA: of `lora`, the frozen matrices
+    optimizer: Literal["adamw", "muon"] = "adamw"  # published: adamw
     num_steps: int | None = None  # optimizer steps; exactly one of num_steps and num_epochs
     num_epochs: int | None = None
     micro_batch_size: int = 4  # samples per rank and forward pass

@@ -4,6 +4,8 @@ Nothing is allocated and nothing downloaded: models are built on the meta device
 can be counted. Sources: the Hub's config.json files of the models named. Taught in notebook 02.
 """
 
+import itertools
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -65,6 +67,20 @@ LLMS = {
         eos_token_id=151_643,
     ),
 }  # fmt: skip
+CONNECTOR_SIZES = {  # as published; those that are compared at equal tokens have 512 of 16 frames
+    "identity": {},
+    "linear": {},
+    "mlp2x_gelu": {},
+    "mof_mlp": {},
+    "mean_pool": dict(num_groups=8),
+    "resampler": dict(num_queries=128, num_groups=1),
+    "bench_resampler": dict(num_queries=128, num_groups=1, resampler_heads=12),
+    "qformer": dict(num_queries=128, num_groups=1, resampler_heads=12, num_resampler_layers=12),
+    "naive_resampler": {},
+    "group_resampler": {},
+    "frame_resampler": {},
+    "vilamp": dict(sampling="fps", query_width=768),
+}
 HAS_CLASS_TOKEN = ("clip_vision_model", "dinov2", "tlv_mixture")
 
 
@@ -109,25 +125,38 @@ def count_tokens(config: TlvConfig, num_frames: int) -> int:
     return connector.num_tokens(num_frames * num_patches)
 
 
-def tabulate_designs(connector_type: str = "mlp2x_gelu") -> dict[str, dict]:
-    """Every published encoder with every LLM: {encoder: {"tokens": per picture, llm: parameters}}.
+def tabulate_designs() -> dict[tuple[str, str], dict]:
+    """The design space: every published encoder with every connector and every LLM.
 
-    A mixture of encoders takes `mof_mlp` in place of the connector named.
+    {(encoder, connector): {"picture": video tokens, "clip": those of 16 frames, llm: parameters}}.
+    None where the connector does not fit the LLM; a connector that fits none has no row.
     """
     with torch.device("meta"):
         llms = {name: _count(AutoModelForCausalLM, fields) for name, fields in LLMS.items()}
+        encoders = {name: _count(AutoModel, fields) for name, fields in ENCODERS.items()}
     table = {}
-    for encoder, fields in ENCODERS.items():
-        connector = "mof_mlp" if fields["model_type"] == "tlv_mixture" else connector_type
-        designs = {llm: make_design(encoder, llm, connector_type=connector) for llm in LLMS}
-        with torch.device("meta"):
-            num_vision = _count(AutoModel, fields)
-            connectors = {llm: new_connector(design) for llm, design in designs.items()}
-        table[encoder] = {"tokens": count_tokens(designs[next(iter(LLMS))], 1)} | {
-            llm: num_vision + llms[llm] + sum(p.numel() for p in connectors[llm].parameters())
-            for llm in LLMS
-        }
+    for encoder, (name, sizes) in itertools.product(ENCODERS, CONNECTOR_SIZES.items()):
+        designs = {llm: make_design(encoder, llm, connector_type=name, **sizes) for llm in LLMS}
+        costs = {llm: _connector_cost(design) for llm, design in designs.items()}
+        fitting = [cost for cost in costs.values() if cost]
+        if fitting:
+            table[encoder, name] = {"picture": fitting[0][0], "clip": fitting[0][1]} | {
+                llm: cost and encoders[encoder] + cost[2] + llms[llm]
+                for llm, cost in costs.items()
+            }
     return table
+
+
+def _connector_cost(config: TlvConfig) -> tuple[int, int, int] | None:
+    """(tokens of a picture, of 16 frames, parameters) of its connector; None where none fits."""
+    try:
+        with torch.device("meta"):
+            connector = new_connector(config)
+    except ValueError:  # says which size does not fit
+        return None
+    num_patches = count_patches(config.vision_config, config.drop_first_patch)
+    tokens = (connector.num_tokens(num_frames * num_patches) for num_frames in (1, 16))
+    return *tokens, sum(p.numel() for p in connector.parameters())
 
 
 def _count(auto_class, fields: dict) -> int:

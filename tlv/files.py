@@ -5,13 +5,17 @@ import os
 from pathlib import Path
 
 
-def write_text(path, text: str) -> None:
+def write_bytes(path, data: bytes) -> None:
     """Write to a neighbour, then rename: atomic on one file system."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text)
+    draft.write_bytes(data)
     os.replace(draft, path)
+
+
+def write_text(path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path, value) -> None:

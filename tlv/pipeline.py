@@ -24,12 +24,14 @@ def modules_named(code: str, root: Path = ROOT) -> set[str]:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
-    pattern = re.compile(r"tlv(\.\w+)?")
-    return {m for m in found if pattern.fullmatch(m) and _file(m, root).exists()} - NOT_FOLLOWED
+    pattern = re.compile(r"tlv(\.\w+)*")
+    found = {m for m in found if pattern.fullmatch(m) and _file(m, root).exists()} - NOT_FOLLOWED
+    return found | {m.rpartition(".")[0] for m in found if m.count(".") > 1}  # runs on import too
 
 
 def _file(module: str, root: Path) -> Path:
-    return root / (module.replace(".", "/") + ("/__init__.py" if module == "tlv" else ".py"))
+    path = root / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def modules_needed(code: str, root: Path = ROOT) -> list[str]:

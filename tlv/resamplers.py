@@ -248,9 +248,8 @@ class CrossAttention(nn.Module):
 class QFormer(nn.Module):
     """BERT whose every second layer also reads the patches (BLIP-2's), from scratch; then D.
 
-    Published form: width 768, 12 layers, 12 heads, 128 queries, no BLIP-2 weights. Different here:
-    the norm before the first layer has affine terms (as transformers' module has), and there is no
-    dropout. No weights were released.
+    Published form: width 768, 12 layers, 12 heads, 128 queries, no BLIP-2 weights, BERT's dropout
+    of a tenth in training, no affine terms in the first norm. No weights were released.
     """
 
     latent_std = 0.02
@@ -260,18 +259,24 @@ class QFormer(nn.Module):
         config = Blip2QFormerConfig(
             hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=num_heads,
             intermediate_size=4 * width, encoder_hidden_size=vision_width,
-            cross_attention_frequency=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            cross_attention_frequency=2,
         )  # fmt: skip
         self.latents = nn.Parameter(self.latent_std * torch.randn(num_latents, width))
-        self.bert = Blip2QFormerModel(config)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps, elementwise_affine=False)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.bert = Blip2QFormerModel(config).encoder
         self.out = nn.Linear(width, llm_width)
 
     def forward(self, x, lengths=None):
         """x (B, S, D_v), lengths: each clip's true S (None: all of it) -> (B, Q, D)."""
-        is_media, latents = mark(lengths, x), self.latents.expand(len(x), -1, -1)  # (B, Q, width)
-        is_media = None if is_media is None else is_media.to(x.dtype)
+        is_media, mask = mark(lengths, x), None
+        if is_media is not None:
+            lowest = torch.finfo(x.dtype).min
+            mask = torch.where(is_media, 0.0, lowest).to(x.dtype)[:, None, None]  # (B, 1, 1, S)
+        latents = self.norm(self.latents).expand(len(x), -1, -1)  # (B, Q, width)
         read = self.bert(
-            query_embeds=latents, encoder_hidden_states=x, encoder_attention_mask=is_media
+            self.dropout(latents), encoder_hidden_states=x, encoder_attention_mask=mask,
+            query_length=self.num_tokens(0),
         )
         return self.out(read.last_hidden_state)  # (B, Q, D)
 

@@ -27,6 +27,7 @@ from tlv.config import ConfigError, TrainConfig, as_dict, build, load_json, reso
 from tlv.data import VideoTextDataset, load_samples, make_loader
 from tlv.feature_cache import FeatureCache
 from tlv.files import write_json
+from tlv.optimizers import new_optimizer
 from tlv.order import group_alike, rank_batches, sample_key, sample_stream
 from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
 from tlv.recipes import count_warmup_steps, learning_rate, parameter_groups, set_trainable
@@ -248,6 +249,10 @@ def check_inputs(config: TrainConfig) -> None:
         raise ConfigError(f"videos_dir = {config.videos_dir}: {resolve(config.videos_dir)} is no "
                           "folder; it is named in the data card (world.json)")
     zero = load_json(resolve(config.zero_config)).get("zero_optimization", {})
+    if config.optimizer == "muon" and (zero.get("stage") or config.precision != "fp32"):
+        raise ConfigError(f"optimizer = 'muon' with {config.zero_config} and precision = "
+                          f"{config.precision!r}: it needs whole matrices; take fp32 and ZeRO 0, "
+                          "or 'adamw'")
     if config.quantize and zero.get("stage") == 3:
         raise ConfigError(f"quantize = {config.quantize!r}, but {config.zero_config} shares out "
                           "every matrix; take ZeRO 0 to 2")
@@ -281,14 +286,14 @@ def make_dataset(config, samples, model, processor, cache, indices, ranks) -> Vi
 
 
 def start_engine(config: TrainConfig, model):
-    """Wrap the model: AdamW over the recipe's groups, ZeRO stage from the JSON file."""
+    """Wrap the model: an optimizer over the recipe's groups, ZeRO stage from the JSON file."""
     import deepspeed
 
     if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError("precision = 'fp16' needs a GPU; take 'bf16' or 'fp32' here")
 
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.learning_rates(), config.weight_decay), betas=(0.9, 0.999))
+    groups = parameter_groups(model, config.learning_rates(), config.weight_decay)
+    optimizer = new_optimizer(config.optimizer, model, groups)
     settings = load_json(resolve(config.zero_config)) | {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps,

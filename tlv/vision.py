@@ -187,7 +187,13 @@ def trace_encoder(config, feature_layer: int = -2, drop_first_patch: bool = Fals
 
 def count_patches(config, drop_first_patch: bool = False) -> int:
     """Features per frame (N) that reach the connector."""
-    return trace_encoder(config, drop_first_patch=drop_first_patch)[0].shape[1]
+    key = config.to_json_string(), drop_first_patch
+    if key not in _COUNTED:  # tracing a large encoder takes a fifth of a second
+        _COUNTED[key] = trace_encoder(config, drop_first_patch=drop_first_patch)[0].shape[1]
+    return _COUNTED[key]
+
+
+_COUNTED: dict[tuple[str, bool], int] = {}
 
 
 @torch.enable_grad()

@@ -1,0 +1,99 @@
+"""Ask a model all questions of a benchmark: `python -m tlv.benchmarks NAME FOLDER --model DIR`.
+
+Writes OUT/answers.jsonl, a line for each question, and OUT/metrics.json; where a server or a judge
+scores, OUT/upload.json, and `--judged FILE` brings back what the judge said. `--questions FILE`
+asks nothing and writes multiple choice about clips as notebook 05 reads it. Which files FOLDER
+holds says each module, and data/README.md. Taught in notebook 05.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tlv.ask import to_device
+from tlv.benchmarks import run
+from tlv.benchmarks.question import BenchmarkError
+from tlv.builders import load_model
+from tlv.config import load_json
+from tlv.files import write_json, write_text
+from tlv.pretrained import ModelFolderError
+from tlv.video import VideoError
+
+
+def ask_all(options) -> dict[str, float]:
+    """Answer, write and score; the scores, empty where others give them."""
+    benchmark, out = run.find(options.name), Path(options.out)
+    model, processor = load_model(options.model, getattr(torch, options.dtype), what="--model")
+    questions = benchmark.read(options.folder, processor.num_frames)[: options.limit]
+    num_tokens = options.max_new_tokens or benchmark.MAX_NEW_TOKENS
+    answers = run.answer(model.to(options.device), processor, questions, options.folder,
+                         batch_size=options.batch_size, max_new_tokens=num_tokens,
+                         progress=tqdm)  # fmt: skip
+    texts = [one.text for one in answers]
+    lines = [
+        {"question_id": q.id, "prompt": q.prompt, "text": a.text, "answer": q.answer,
+         "group": q.group, "error": a.error}
+        for q, a in zip(questions, answers, strict=True)
+    ]  # fmt: skip
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(out / "answers.jsonl", text)
+    if hasattr(benchmark, "upload"):
+        write_json(out / "upload.json", benchmark.upload(options.folder, questions, texts))
+    scores = benchmark.score(questions, texts) if hasattr(benchmark, "score") else {}
+    if scores:
+        write_json(out / "metrics.json", {"num_questions": len(questions), **scores})
+    return scores
+
+
+def score_judged(options) -> dict[str, float]:
+    """The scores of what a judge said."""
+    benchmark = run.find(options.name)
+    if not hasattr(benchmark, "score_judged"):
+        raise ValueError(f"{options.name} has no judge; leave --judged out")
+    path = options.judged
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if (
+        path.suffix == ".jsonl") else load_json(path)  # fmt: skip
+    return benchmark.score_judged(benchmark.read(options.folder), rows)
+
+
+def main(arguments=None) -> int:
+    """Run the command; 2 and one line on stderr if it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m tlv.benchmarks",
+                                     description=__doc__.split("\n")[0])  # fmt: skip
+    parser.add_argument("name", help=", ".join(run.BENCHMARKS))
+    parser.add_argument("folder", type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR", help="a checkpoint to ask")
+    what.add_argument("--judged", type=Path, metavar="FILE", help="a judge's words to score")
+    what.add_argument("--questions", type=Path, metavar="FILE", help="write them for notebook 05")
+    parser.add_argument("--out", metavar="DIR", help="default: outputs/scratch/benchmarks/NAME")
+    parser.add_argument("--device", type=to_device, default="auto", help="auto, cpu, cuda ...")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="published: 1")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: as published")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions alone")
+    options = parser.parse_args(arguments)
+    options.out = options.out or f"outputs/scratch/benchmarks/{options.name}"
+    try:
+        if options.questions:
+            questions = run.find(options.name).read(options.folder)
+            write_json(options.questions, run.as_test_questions(questions))
+            print(f"{len(questions)} questions: {options.questions}")
+            return 0
+        scores = score_judged(options) if options.judged else ask_all(options)
+    except (BenchmarkError, ModelFolderError, VideoError, ValueError, OSError) as error:
+        print(f"tlv.benchmarks: {error}", file=sys.stderr)
+        return 2
+    for name, value in scores.items():
+        print(f"{name:32}{value:10.4f}")
+    if not scores:
+        print(f"{options.name} is scored elsewhere: {options.out}/upload.json is what to send")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

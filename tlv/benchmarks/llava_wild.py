@@ -1,0 +1,43 @@
+"""LLaVA-Bench (in the wild): open answers, scored by a judge beside a reference's.
+
+Reads questions.jsonl (question_id, image, text, category) and images/. The judge (GPT-4) gives
+reference and model 1 to 10 each; its reviews come back as rows {"category", "tuple": [reference,
+model]}, in a .jsonl file, as LLaVA's eval_gpt_review_bench.py writes them.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+from tlv.benchmarks.question import BenchmarkError, Question, read_rows
+
+MAX_NEW_TOKENS = 1024
+KEYS = ("question_id", "image", "text", "category")
+
+
+def read(folder: Path, num_frames: int = 16) -> list[Question]:
+    return [
+        Question(str(row["question_id"]), row["text"], f"images/{row['image']}", None, (),
+                 row["category"].removeprefix("llava_bench_"))
+        for row in read_rows(folder / "questions.jsonl", KEYS)
+    ]  # fmt: skip
+
+
+def upload(folder: Path, questions, answers) -> list[dict]:
+    """The rows that the judge's script reads."""
+    return [{"question_id": int(q.id), "prompt": q.prompt, "text": text}
+            for q, text in zip(questions, answers, strict=True)]  # fmt: skip
+
+
+def score_judged(questions, judged: list[dict]) -> dict[str, float]:
+    """100 times the sum of the model's scores over the sum of the reference's: all, by category."""
+    sums = defaultdict(lambda: [0.0, 0.0])
+    if len(judged) != len(questions):
+        raise BenchmarkError(f"{len(judged)} reviews of {len(questions)} questions; each needs one")
+    for number, review in enumerate(judged):
+        pair = review.get("tuple", ())
+        if len(pair) != 2 or min(pair) <= 0:
+            raise BenchmarkError(f"review {number}: tuple = {pair!r}; two scores from 1 to 10, the "
+                                 "reference's and the model's, are wanted")
+        for name in ("overall", review["category"].removeprefix("llava_bench_")):
+            sums[name] = [a + b for a, b in zip(sums[name], pair, strict=True)]
+    return {name: 100 * model / reference for name, (reference, model) in sums.items()}

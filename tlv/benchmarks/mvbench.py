@@ -1,0 +1,70 @@
+"""MVBench: letters, twenty tasks, the mean over all questions.
+
+Reads json/{task}.json and video/..., as OpenGVLab/MVBench has them once unpacked. As in published
+code the `start` and `end` of a question count for folders of frames alone: clips of the other
+tasks are shown whole.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from tlv.benchmarks.letters import LETTERS, ask_letter, score_letters
+from tlv.benchmarks.question import BenchmarkError, Question, read_rows
+from tlv.benchmarks.sampling import segment_midpoints
+
+MAX_NEW_TOKENS = 1024
+TASKS = {  # task: folder below video/
+    "action_sequence": "star/Charades_v1_480",
+    "action_prediction": "star/Charades_v1_480",
+    "action_antonym": "ssv2_video",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "unexpected_action": "FunQA_test/test",
+    "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480",
+    "object_shuffle": "perception/videos",
+    "moving_direction": "clevrer/video_validation",
+    "action_localization": "sta/sta_video",
+    "scene_transition": "scene_qa/video",
+    "action_count": "perception/videos",
+    "moving_count": "clevrer/video_validation",
+    "moving_attribute": "clevrer/video_validation",
+    "state_change": "perception/videos",
+    "fine_grained_pose": "nturgbd",
+    "character_order": "perception/videos",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+    "counterfactual_inference": "clevrer/video_validation",
+}
+BY_SEGMENT = ("nturgbd", "ssv2_video")  # .avi and .webm: midpoints of segments of the whole clip
+FRAMES = "tvqa/frames_fps3_hq"  # folders of 00001.jpg ..., three a second
+
+
+def read(folder: Path, num_frames: int = 16) -> list[Question]:
+    questions = []
+    for task, place in TASKS.items():
+        path = folder / f"json/{task}.json"
+        rows = read_rows(path, ("video", "question", "candidates", "answer"))
+        for number, row in enumerate(rows):
+            if row["answer"] not in row["candidates"]:
+                raise BenchmarkError(f"{path}: row {number}: answer {row['answer']!r} is none of "
+                                     f"the candidates {row['candidates']}")
+            questions.append(Question(
+                id=f"{task}/{number}",
+                prompt=ask_letter(row["question"], row["candidates"]),
+                media=f"video/{place}/{row['video']}",
+                answer=LETTERS[row["candidates"].index(row["answer"])],
+                options=tuple(row["candidates"]),
+                group=task,
+                frames=_rule(place, row, num_frames),
+            ))  # fmt: skip
+    return questions
+
+
+def _rule(place, row, num_frames):
+    if place == FRAMES:
+        bound = (row["start"], row["end"]) if "start" in row else None
+        return partial(segment_midpoints, num_frames=num_frames, bound=bound, first=1)
+    return partial(segment_midpoints, num_frames=num_frames) if place in BY_SEGMENT else None
+
+
+score = score_letters

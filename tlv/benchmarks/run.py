@@ -1,0 +1,92 @@
+"""Asking a model all questions of a benchmark."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tlv import answering
+from tlv.benchmarks import (
+    gqa,
+    llava_wild,
+    longvideobench,
+    mlvu,
+    mm_vet,
+    mmbench,
+    mme,
+    mmmu,
+    mmvu,
+    mvbench,
+    pope,
+    science_qa,
+    text_vqa,
+    video_mme,
+    vqa_v2,
+)
+from tlv.benchmarks.letters import LETTERS
+from tlv.benchmarks.question import BenchmarkError, Question
+from tlv.video import probe, read_frames, read_image
+
+BENCHMARKS = {
+    "gqa": gqa, "llava_wild": llava_wild, "longvideobench": longvideobench, "mlvu": mlvu,
+    "mm_vet": mm_vet, "mmbench": mmbench, "mme": mme, "mmmu": mmmu, "mmvu": mmvu,
+    "mvbench": mvbench, "pope": pope, "science_qa": science_qa, "text_vqa": text_vqa,
+    "video_mme": video_mme, "vqa_v2": vqa_v2,
+}  # fmt: skip
+FRAME_RATE = 3.0  # of folders of frames: MVBench's
+
+
+def find(name: str):
+    """A benchmark's module by its name."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark {name!r} is unknown; known are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def answer(model, processor, questions: list[Question], folder, *, batch_size: int = 1,
+           max_new_tokens: int = 1024, progress=iter) -> list[answering.Answer]:  # fmt: skip
+    """Greedy answers, every question asked alone, of the frames that the benchmark names."""
+    folder, rules = Path(folder), {}
+
+    def place(number, question):
+        """What stands for the question's clip: its file, or with frames of its own, a name."""
+        if question.frames is None or processor.selector is not None:
+            return question.media
+        rules[f"{question.media}#{number}"] = question
+        return f"{question.media}#{number}"
+
+    def frames_of(name):
+        if name not in rules:
+            return processor.sample(folder / name).frames
+        return read_chosen(folder / rules[name].media, rules[name].frames)
+
+    asked = [
+        {"video": place(number, question), "question": question.prompt}
+        for number, question in enumerate(questions)
+    ]
+    return answering.generate_answers(model, processor, asked, folder, batch_size=batch_size,
+                                      max_new_tokens=max_new_tokens, frames_of=frames_of,
+                                      progress=progress)  # fmt: skip
+
+
+def read_chosen(path: Path, rule) -> np.ndarray:
+    """The frames that `rule` chooses, of a clip or of a folder of pictures -> (T, H, W, 3)."""
+    if not path.is_dir():
+        info = probe(path)
+        return read_frames(path, rule(info.num_frames, info.fps))
+    pictures = sorted(path.glob("*.jpg"))
+    if not pictures:
+        raise BenchmarkError(f"{path}: no pictures in it; 00001.jpg ... are wanted")
+    chosen = rule(len(pictures), FRAME_RATE)
+    return np.concatenate([read_image(path / f"{number:05}.jpg") for number in chosen])
+
+
+def as_test_questions(questions: list[Question]) -> list[dict]:
+    """Multiple choice in the form that notebook 05 reads."""
+    if any(not q.options or q.answer not in LETTERS for q in questions):
+        raise ValueError("only a benchmark of multiple choice alone can be asked by notebook 05")
+    return [
+        {"id": q.id, "video": q.media, "type": q.group or "all", "form": "choice",
+         "question": q.prompt, "answer": q.answer, "options": list(q.options),
+         "unseen_pair": False}
+        for q in questions
+    ]  # fmt: skip
