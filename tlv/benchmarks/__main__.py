@@ -1,9 +1,9 @@
 """Ask a model all questions of a benchmark: `python -m tlv.benchmarks NAME FOLDER --model DIR`.
 
-Writes OUT/answers.jsonl, a line for each question, and OUT/metrics.json; where a server or a judge
-scores, OUT/upload.json, and `--judged FILE` brings back what the judge said. `--questions FILE`
-asks nothing and writes multiple choice about clips as notebook 05 reads it. Which files FOLDER
-holds says each module, and data/README.md. Taught in notebook 05.
+Writes OUT/answers.jsonl, a line for each question in the form of LLaVA's scripts, and
+OUT/metrics.json; where others score, OUT/upload.json, and `--judged FILE` brings back what a judge
+said. `--questions FILE` asks nothing and writes multiple choice about clips as notebook 05 reads
+it. Which files FOLDER holds says each module, and data/README.md. Taught in notebook 05.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tlv.ask import to_device
 from tlv.benchmarks import run
 from tlv.benchmarks.question import BenchmarkError
+from tlv.benchmarks.sampling import frames_of
 from tlv.builders import load_model
 from tlv.config import load_json
 from tlv.files import write_json, write_text
@@ -28,14 +29,17 @@ def ask_all(options) -> dict[str, float]:
     """Answer, write and score; the scores, empty where others give them."""
     benchmark, out = run.find(options.name), Path(options.out)
     model, processor = load_model(options.model, getattr(torch, options.dtype), what="--model")
-    questions = benchmark.read(options.folder, processor.num_frames)[: options.limit]
+    questions = benchmark.read(options.folder, frames_of(processor))[: options.limit]
+    if not questions:
+        raise BenchmarkError(f"{options.folder}: no questions to ask")
     num_tokens = options.max_new_tokens or benchmark.MAX_NEW_TOKENS
     answers = run.answer(model.to(options.device), processor, questions, options.folder,
                          batch_size=options.batch_size, max_new_tokens=num_tokens,
                          progress=tqdm)  # fmt: skip
     texts = [one.text for one in answers]
     lines = [
-        {"question_id": q.id, "prompt": q.prompt, "text": a.text, "answer": q.answer,
+        {"question_id": q.id, "prompt": q.prompt, "text": a.text, "answer_id": q.id,
+         "model_id": Path(options.model).resolve().name, "metadata": {}, "answer": q.answer,
          "group": q.group, "error": a.error}
         for q, a in zip(questions, answers, strict=True)
     ]  # fmt: skip
@@ -43,21 +47,29 @@ def ask_all(options) -> dict[str, float]:
     write_text(out / "answers.jsonl", text)
     if hasattr(benchmark, "upload"):
         write_json(out / "upload.json", benchmark.upload(options.folder, questions, texts))
-    scores = benchmark.score(questions, texts) if hasattr(benchmark, "score") else {}
-    if scores:
-        write_json(out / "metrics.json", {"num_questions": len(questions), **scores})
+    if num_unseen := sum(bool(one.error) for one in answers):
+        print(f"tlv.benchmarks: {num_unseen} questions could not be asked, their answers are "
+              f"empty; {out}/answers.jsonl says why", file=sys.stderr)  # fmt: skip
+    if not hasattr(benchmark, "score"):
+        return {}
+    scores = benchmark.score(questions, texts)
+    counts = {"num_questions": len(questions), "num_errors": num_unseen}
+    write_json(out / "metrics.json", counts | scores)
     return scores
 
 
 def score_judged(options) -> dict[str, float]:
-    """The scores of what a judge said."""
+    """Score what a judge said, and write it."""
     benchmark = run.find(options.name)
     if not hasattr(benchmark, "score_judged"):
         raise ValueError(f"{options.name} has no judge; leave --judged out")
     path = options.judged
     rows = [json.loads(line) for line in path.read_text().splitlines()] if (
         path.suffix == ".jsonl") else load_json(path)  # fmt: skip
-    return benchmark.score_judged(benchmark.read(options.folder), rows)
+    questions = benchmark.read(options.folder)
+    scores = benchmark.score_judged(questions, rows)
+    write_json(Path(options.out) / "metrics.json", {"num_questions": len(questions), **scores})
+    return scores
 
 
 def main(arguments=None) -> int:
@@ -70,6 +82,8 @@ def main(arguments=None) -> int:
     what.add_argument("--model", metavar="DIR", help="a checkpoint to ask")
     what.add_argument("--judged", type=Path, metavar="FILE", help="a judge's words to score")
     what.add_argument("--questions", type=Path, metavar="FILE", help="write them for notebook 05")
+    parser.add_argument("--videos-dir", metavar="DIR", help="of the data card whose --questions "
+                        "these are (default: FOLDER)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="default: outputs/scratch/benchmarks/NAME")
     parser.add_argument("--device", type=to_device, default="auto", help="auto, cpu, cuda ...")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -81,7 +95,8 @@ def main(arguments=None) -> int:
     try:
         if options.questions:
             questions = run.find(options.name).read(options.folder)
-            write_json(options.questions, run.as_test_questions(questions))
+            clips = options.videos_dir or options.folder
+            write_json(options.questions, run.as_test_questions(questions, options.folder, clips))
             print(f"{len(questions)} questions: {options.questions}")
             return 0
         scores = score_judged(options) if options.judged else ask_all(options)
@@ -91,7 +106,9 @@ def main(arguments=None) -> int:
     for name, value in scores.items():
         print(f"{name:32}{value:10.4f}")
     if not scores:
-        print(f"{options.name} is scored elsewhere: {options.out}/upload.json is what to send")
+        is_other = hasattr(run.find(options.name), "upload")
+        sent = f"{options.out}/{'upload.json' if is_other else 'answers.jsonl'}"
+        print(f"{options.name} is scored elsewhere: {sent} is what to send")
     return 0
 
 

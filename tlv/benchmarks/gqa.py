@@ -11,7 +11,7 @@ from tlv.benchmarks.question import BenchmarkError, Question, read_rows, read_ta
 MAX_NEW_TOKENS = 128
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     path, questions = folder / "testdev_balanced_questions.json", []
     truths = read_table(path)
     asked = folder / "llava_gqa_testdev_balanced.jsonl"

@@ -19,7 +19,7 @@ def parse_letter(text: str, options, first_letter: bool = True, strict: bool = F
 
     `first_letter` (TinyLLaVA-Video's five benchmarks, not MMMU) takes an answer's first character
     where it is a letter of an option, so that "Answer: B" is A. Else "(B)", else " B ", else, with
-    `strict`, as MMMU's later rule, " B.", else, in answers of more than five words, an option's
+    `strict`, as MMMU's later rule, "B.", else, in answers of more than five words, an option's
     words; of several the last. Where published code then draws a letter, this gives None.
     """
     letters = LETTERS[: len(options)]
@@ -28,7 +28,7 @@ def parse_letter(text: str, options, first_letter: bool = True, strict: bool = F
     if first_letter and text[:1] in letters and text:
         return text[0]
     text = f" {text} "
-    shapes = ["({})", " {} "] + [" {}."] * strict
+    shapes = ["({})", " {} "] + ["{}."] * strict
     forms = [(text, {letter: shape.format(letter) for letter in letters}) for shape in shapes]
     if len(text.split()) > 5:
         words = dict(zip(letters, (option.lower() for option in options), strict=True))

@@ -1,8 +1,8 @@
 """LLaVA-Bench (in the wild): open answers, scored by a judge beside a reference's.
 
 Reads questions.jsonl (question_id, image, text, category) and images/. The judge (GPT-4) gives
-reference and model 1 to 10 each; its reviews come back as rows {"category", "tuple": [reference,
-model]}, in a .jsonl file, as LLaVA's eval_gpt_review_bench.py writes them.
+reference and model 1 to 10 each: LLaVA's eval_gpt_review_bench.py reads answers.jsonl, and writes
+its reviews as rows {"category", "tuple": [reference, model]} of a .jsonl file.
 """
 
 from collections import defaultdict
@@ -14,18 +14,12 @@ MAX_NEW_TOKENS = 1024
 KEYS = ("question_id", "image", "text", "category")
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     return [
         Question(str(row["question_id"]), row["text"], f"images/{row['image']}", None, (),
                  row["category"].removeprefix("llava_bench_"))
         for row in read_rows(folder / "questions.jsonl", KEYS)
     ]  # fmt: skip
-
-
-def upload(folder: Path, questions, answers) -> list[dict]:
-    """The rows that the judge's script reads."""
-    return [{"question_id": int(q.id), "prompt": q.prompt, "text": text}
-            for q, text in zip(questions, answers, strict=True)]  # fmt: skip
 
 
 def score_judged(questions, judged: list[dict]) -> dict[str, float]:

@@ -5,12 +5,11 @@ code writes the word "[image]" for each frame and a subtitle after the frames th
 middle, if a frame falls into it; the pictures themselves all come in front.
 """
 
-from functools import partial
 from pathlib import Path
 
 from tlv.benchmarks.letters import LETTERS, ask_letter, score_letters
 from tlv.benchmarks.question import Question, read_rows
-from tlv.benchmarks.sampling import left_steps
+from tlv.benchmarks.sampling import left_steps, sixteen
 from tlv.video import probe
 
 MAX_NEW_TOKENS = 1024
@@ -18,12 +17,15 @@ KEYS = ("id", "video_path", "question", "candidates", "correct_choice", "duratio
         "subtitle_path", "starting_timestamp_for_subtitles")  # fmt: skip
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=sixteen) -> list[Question]:
     return [_question(folder, row, num_frames) for row in read_rows(folder / "lvb_val.json", KEYS)]
 
 
 def _question(folder, row, num_frames) -> Question:
-    media, rule = f"videos/{row['video_path']}", partial(left_steps, max_frames=num_frames)
+    def rule(num_total, fps):
+        return left_steps(row["duration"], fps, num_frames(num_total, fps))
+
+    media = f"videos/{row['video_path']}"
     info = probe(folder / media)
     times = rule(info.num_frames, info.fps) / info.fps  # (T,)
     subtitles = read_rows(folder / "subtitles" / row["subtitle_path"])

@@ -1,8 +1,9 @@
 """MM-Vet: open answers, scored by a judge from 0 to 1.
 
 Reads llava-mm-vet.jsonl (question_id, image, text), mm-vet.json ({"v1_0": {"capability": [...]}})
-and images/. The judge is GPT-4 behind the benchmark's own notebook, which takes the file to upload;
-what it said comes back as {"v1_0": score or text}. Judges change: name yours beside the score.
+and images/. The judge is GPT-4 behind the benchmark's own mm-vet_evaluator, which takes the file to
+upload; its ...-grade-1runs.json comes back, {"v1_0": {"score": [one of each run]}}, or that of a
+judge of your own, {"v1_0": score or text}. Judges change: name yours beside the score.
 """
 
 import re
@@ -15,7 +16,7 @@ MAX_NEW_TOKENS = 1024
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     needs, questions = read_table(folder / "mm-vet.json"), []
     for row in read_rows(folder / "llava-mm-vet.jsonl", ("question_id", "image", "text")):
         key = f"v1_{str(row['question_id']).removeprefix('v1_')}"
@@ -39,11 +40,18 @@ def parse_score(said) -> float | None:
     return float(found[1]) if found and float(found[1]) <= 1 else None
 
 
+def _score_of(said) -> float | None:
+    """The mean over the runs of a judge, or the score of one."""
+    runs = said.get("score") if isinstance(said, dict) else [said]
+    scores = [parse_score(one) for one in runs or [None]]
+    return None if None in scores else sum(scores) / len(scores)
+
+
 def score_judged(questions, judged: dict) -> dict[str, float]:
     """Means times 100: `total`, each capability, and each combination of them as it occurs."""
     groups = defaultdict(list)
     for question in questions:
-        value = parse_score(judged.get(question.id, ""))
+        value = _score_of(judged.get(question.id))
         if value is None:
             said = judged.get(question.id)
             raise BenchmarkError(f"the judge's word on {question.id} is {said!r}; a score from 0.0 "

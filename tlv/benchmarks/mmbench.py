@@ -1,24 +1,29 @@
 """MMBench (dev): letters, each question once for every rotation of its options (CircularEval).
 
-Reads mmbench_dev.tsv (index, question, hint, A, B, C, D, answer, category, image in base64; a
-rotation's index is its question's plus a multiple of 1,000,000). Its pictures are written to
-mmbench_images/ beside it. Published scores come from a server, which takes the table with a column
-`prediction`; dev has its answers in it.
+Reads mmbench_dev_20230712.tsv (index, question, hint, A, B, C, D, answer, category, image in
+base64; a rotation's index is its question's plus a multiple of 1,000,000). Its pictures are written
+to mmbench_images/ beside it. Published scores come from a server, which takes the table with a
+column `prediction` and asks GPT which option an answer without a letter means; the answers of dev
+are in the table, and such an answer is wrong here.
 """
 
 import base64
 from collections import defaultdict
+from itertools import takewhile
 from pathlib import Path
 
-from tlv.benchmarks.letters import ask_letter, parse_letter
+from tlv.benchmarks.letters import LETTERS, ask_letter
 from tlv.benchmarks.question import BenchmarkError, Question, read_rows
 from tlv.files import write_bytes
 
 MAX_NEW_TOKENS = 1024
-TABLE, PICTURES, ROTATION = "mmbench_dev.tsv", "mmbench_images", 1_000_000
+TABLE, PICTURES, ROTATION = "mmbench_dev_20230712.tsv", "mmbench_images", 1_000_000
+# What may stand before and after a letter, in the order in which it is looked for.
+MARKS = (("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
+         (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."))  # fmt: skip
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     path = folder / TABLE
     rows = read_rows(path, ("index", "question", "hint", "A", "B", "image", "answer", "category"))
     pictures = {row["index"]: row["image"] for row in rows}
@@ -26,8 +31,8 @@ def read(folder: Path, num_frames: int = 16) -> list[Question]:
 
 
 def _question(folder, path, row, pictures) -> Question:
-    options = tuple(row[letter] for letter in "ABCD" if row.get(letter) not in (None, "", "nan"))
-    hint = f"{row['hint']}\n" if row["hint"] not in ("", "nan") else ""
+    options = tuple(takewhile(_is_told, (row.get(letter, "") for letter in "ABCD")))
+    hint = f"{row['hint']}\n" if _is_told(row["hint"]) else ""
     data = row["image"]
     data = pictures.get(data, data)  # a rotation may name the row that holds its picture
     place = f"{PICTURES}/{int(row['index']) % ROTATION}.jpg"
@@ -41,11 +46,32 @@ def _question(folder, path, row, pictures) -> Question:
     return Question(row["index"], prompt, place, row["answer"], options, row["category"])
 
 
+def _is_told(cell: str) -> bool:
+    return cell.lower() not in ("", "nan", "none")
+
+
+def parse_choice(text: str, options) -> str | None:
+    """The letter that an answer names, by MMBench's rule; None where it names none or several.
+
+    The one letter that stands as a word, bare or with a mark; a bare A among more than three words
+    is an article. Else the one option whose words the answer holds.
+    """
+    words = text.split()
+    for before, after in MARKS:
+        found = [letter for letter in LETTERS[:5] if f"{before}{letter}{after}" in words]
+        is_article = found == ["A"] and not before + after and len(words) > 3
+        if len(found) == 1 and not is_article:
+            return found[0]
+    pairs = zip(LETTERS, options, strict=False)
+    found = [letter for letter, option in pairs if option.lower() in text.lower()]
+    return found[0] if len(found) == 1 else None
+
+
 def score(questions, answers) -> dict[str, float]:
     """A question is right if every rotation of it is."""
     rotations, groups, read = defaultdict(list), {}, []
     for question, text in zip(questions, answers, strict=True):
-        letter, number = parse_letter(text, question.options), int(question.id) % ROTATION
+        letter, number = parse_choice(text, question.options), int(question.id) % ROTATION
         rotations[number].append(letter == question.answer)
         groups[number] = question.group
         read.append(letter)

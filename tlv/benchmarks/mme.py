@@ -18,7 +18,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 RELEASE, REQUEST = "MME_Benchmark_release_version", "Please answer yes or no."
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     questions = []
     for row in read_rows(folder / "llava_mme.jsonl", ("question_id", "image", "text")):
         subtask, name = row["question_id"].split("/")[0], Path(row["question_id"]).name

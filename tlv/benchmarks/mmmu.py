@@ -1,9 +1,9 @@
 """MMMU (validation): letters by its own rule, and open answers; one mean over both.
 
 Reads anns_for_eval.json (id, prompt, question_type, all_choices, index2ans, perhaps image),
-answer_dict_val.json ({id: {"question_type", "ground_truth"}}) and the pictures. Questions about
-several pictures have no `image`: published code gives them a random letter, here they are asked
-as text.
+all_images/ and MMMU's own eval/answer_dict_val.json ({id: {"question_type", "ground_truth"}}).
+Questions about several pictures have no `image`: published code gives them a random letter, here
+they are asked as text.
 """
 
 import re
@@ -20,8 +20,8 @@ COMMAS, POWERS = r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+"
 PLAIN = r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
-    path, questions = folder / "answer_dict_val.json", []
+def read(folder: Path, num_frames=None) -> list[Question]:
+    path, questions = folder / "eval/answer_dict_val.json", []
     truths = read_table(path)
     for row in read_rows(folder / "anns_for_eval.json", ("id", "prompt", "question_type")):
         if row["id"] not in truths:
@@ -29,8 +29,9 @@ def read(folder: Path, num_frames: int = 16) -> list[Question]:
                                  "split")
         is_open = row["question_type"] != "multiple-choice"
         options = () if is_open else tuple(row["index2ans"][k] for k in row["all_choices"])
+        media = f"all_images/{row['image']}" if "image" in row else None
         questions.append(Question(
-            row["id"], row["prompt"].replace("<image>", "").strip(), row.get("image"),
+            row["id"], row["prompt"].replace("<image>", "").strip(), media,
             truths[row["id"]]["ground_truth"], options, OPEN if is_open else "choice",
         ))  # fmt: skip
     return questions
@@ -48,7 +49,9 @@ def parse_open(text: str) -> list:
     for number, part in enumerate(parts):
         cues = (*CUES, "=") if number == len(parts) - 1 else CUES
         found = [part.rpartition(cue)[2].strip() for cue in cues if cue in part]
-        shortest = min(found, key=len, default="")
+        shortest = ""  # published code lets a later part fill an empty one
+        for one in found:
+            shortest = one if not shortest or len(one) < len(shortest) else shortest
         if shortest.strip() not in (":", ",", ".", "!", "?", ";", "'", ""):
             keys.append(shortest)
     keys = keys or [text]
@@ -79,23 +82,28 @@ def is_right(meant: list, truth) -> bool:
     return False
 
 
-def score(questions, answers, strict: bool = False) -> dict[str, float]:
-    """Accuracy over both kinds; `strict` reads letters by MMMU's later rule, "B." too."""
-    hits, num_unparsed = {}, 0
+def score(questions, answers) -> dict[str, float]:
+    """Accuracy over both kinds and of each; `accuracy/strict` reads "B." as well as " B "."""
+    hits, num_unparsed = {"accuracy": [], "accuracy/strict": []}, 0
     for question, text in zip(questions, answers, strict=True):
         if question.group == OPEN:
-            hit = is_right(parse_open(text), question.answer)
+            hit = strict = is_right(parse_open(text), question.answer)
         else:
-            letter = parse_letter(text, question.options, False, strict)
+            letter = parse_letter(text, question.options, first_letter=False)
             num_unparsed, hit = num_unparsed + (letter is None), letter == question.answer
-        hits.setdefault(question.group, []).append(hit)
+            strict = parse_letter(text, question.options, False, strict=True) == question.answer
+        hits["accuracy"].append(hit)
+        hits["accuracy/strict"].append(strict)
+        hits.setdefault(f"accuracy/{question.group}", []).append(hit)
     return {
-        "accuracy": sum(map(sum, hits.values())) / len(answers),
-        **{f"accuracy/{group}": sum(some) / len(some) for group, some in hits.items()},
-        "unparsed_rate": num_unparsed / max(1, len(hits.get("choice", []))),
+        **{name: sum(some) / len(some) for name, some in hits.items()},
+        "unparsed_rate": num_unparsed / max(1, len(hits.get("accuracy/choice", []))),
     }
 
 
 def upload(folder: Path, questions, answers) -> dict[str, str]:
-    """What MMMU's own main_eval_only.py reads."""
-    return {q.id: text for q, text in zip(questions, answers, strict=True)}
+    """What MMMU's own main_eval_only.py reads: bare letters, "" for none, and open answers."""
+    return {
+        q.id: text if q.group == OPEN else parse_letter(text, q.options, first_letter=False) or ""
+        for q, text in zip(questions, answers, strict=True)
+    }

@@ -2,7 +2,7 @@
 
 Reads validation.json and the clips that its `video` addresses name, below videos/, as
 yale-nlp/MMVU has them. An open answer is right if it and the truth hold one another, whatever the
-case: published code asks no judge.
+case: published code asks no judge. An empty one is wrong (to published code, every truth holds it).
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ MAX_NEW_TOKENS = 1024
 OPEN = "Answer the question directly without explanation."
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     keys = ("question_type", "question", "choices", "answer", "video")
     return [_question(number, row) for number, row in
             enumerate(read_rows(folder / "validation.json", keys))]  # fmt: skip
@@ -35,13 +35,16 @@ def _local(address: str) -> str:
 
 
 def score(questions, answers) -> dict[str, float]:
-    right = {}
+    right, num_unparsed = {}, 0
     for question, text in zip(questions, answers, strict=True):
         if question.options:
-            hit = parse_letter(text, question.options) == question.answer
+            letter = parse_letter(text, question.options)
+            num_unparsed, hit = num_unparsed + (letter is None), letter == question.answer
         else:
             short, long = sorted((text.lower(), question.answer.lower()), key=len)
             hit = bool(short) and short in long
         right.setdefault(question.group, []).append(hit)
     scores = {f"accuracy/{group}": sum(hits) / len(hits) for group, hits in right.items()}
-    return {"accuracy": sum(map(sum, right.values())) / len(answers), **scores}
+    num_choices = sum(bool(question.options) for question in questions)
+    return {"accuracy": sum(map(sum, right.values())) / len(answers), **scores,
+            "unparsed_rate": num_unparsed / max(1, num_choices)}  # fmt: skip

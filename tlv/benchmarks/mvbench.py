@@ -5,12 +5,11 @@ code the `start` and `end` of a question count for folders of frames alone: clip
 tasks are shown whole.
 """
 
-from functools import partial
 from pathlib import Path
 
 from tlv.benchmarks.letters import LETTERS, ask_letter, score_letters
 from tlv.benchmarks.question import BenchmarkError, Question, read_rows
-from tlv.benchmarks.sampling import segment_midpoints
+from tlv.benchmarks.sampling import segment_midpoints, sixteen
 
 MAX_NEW_TOKENS = 1024
 TASKS = {  # task: folder below video/
@@ -39,11 +38,12 @@ BY_SEGMENT = ("nturgbd", "ssv2_video")  # .avi and .webm: midpoints of segments 
 FRAMES = "tvqa/frames_fps3_hq"  # folders of 00001.jpg ..., three a second
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=sixteen) -> list[Question]:
     questions = []
     for task, place in TASKS.items():
         path = folder / f"json/{task}.json"
-        rows = read_rows(path, ("video", "question", "candidates", "answer"))
+        bounds = ("start", "end") if place == FRAMES else ()
+        rows = read_rows(path, ("video", "question", "candidates", "answer", *bounds))
         for number, row in enumerate(rows):
             if row["answer"] not in row["candidates"]:
                 raise BenchmarkError(f"{path}: row {number}: answer {row['answer']!r} is none of "
@@ -61,10 +61,16 @@ def read(folder: Path, num_frames: int = 16) -> list[Question]:
 
 
 def _rule(place, row, num_frames):
+    """Which frames published code shows; None where it is what the model samples."""
     if place == FRAMES:
-        bound = (row["start"], row["end"]) if "start" in row else None
-        return partial(segment_midpoints, num_frames=num_frames, bound=bound, first=1)
-    return partial(segment_midpoints, num_frames=num_frames) if place in BY_SEGMENT else None
+        bound, first = (row["start"], row["end"]), 1
+    elif place in BY_SEGMENT:
+        bound, first = None, 0
+    else:
+        return None
+    return lambda num_total, fps: segment_midpoints(
+        num_total, fps, num_frames(num_total, fps), bound, first
+    )
 
 
 score = score_letters

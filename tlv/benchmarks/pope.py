@@ -15,7 +15,7 @@ CATEGORIES = ("random", "popular", "adversarial")
 EPSILON = 1e-6  # in the ratios
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     by_category, keys = defaultdict(list), ("question_id", "image", "text", "category")
     for row in read_rows(folder / "llava_pope_test.jsonl", keys):
         by_category[row["category"]].append(row)

@@ -1,5 +1,6 @@
 """Asking a model all questions of a benchmark."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,8 @@ from tlv.benchmarks import (
     video_mme,
     vqa_v2,
 )
-from tlv.benchmarks.letters import LETTERS
-from tlv.benchmarks.question import BenchmarkError, Question
-from tlv.video import probe, read_frames, read_image
+from tlv.benchmarks.question import Question
+from tlv.video import VideoError, probe, read_frames, read_image
 
 BENCHMARKS = {
     "gqa": gqa, "llava_wild": llava_wild, "longvideobench": longvideobench, "mlvu": mlvu,
@@ -75,18 +75,22 @@ def read_chosen(path: Path, rule) -> np.ndarray:
         return read_frames(path, rule(info.num_frames, info.fps))
     pictures = sorted(path.glob("*.jpg"))
     if not pictures:
-        raise BenchmarkError(f"{path}: no pictures in it; 00001.jpg ... are wanted")
+        raise VideoError(path, "no pictures in it; 00001.jpg ... are wanted")
     chosen = rule(len(pictures), FRAME_RATE)
     return np.concatenate([read_image(path / f"{number:05}.jpg") for number in chosen])
 
 
-def as_test_questions(questions: list[Question]) -> list[dict]:
-    """Multiple choice in the form that notebook 05 reads."""
-    if any(not q.options or q.answer not in LETTERS for q in questions):
-        raise ValueError("only a benchmark of multiple choice alone can be asked by notebook 05")
+def as_test_questions(questions: list[Question], folder, videos_dir) -> list[dict]:
+    """Multiple choice in the form that notebook 05 reads, its clips told from `videos_dir`.
+
+    The notebook shows what the model samples: ValueError where a benchmark has frames of its own.
+    """
+    if any(not q.options or q.media is None or q.frames for q in questions):
+        raise ValueError("notebook 05 asks multiple choice alone, about clips of which it samples "
+                         "the frames: video_mme or mlvu")
     return [
-        {"id": q.id, "video": q.media, "type": q.group or "all", "form": "choice",
-         "question": q.prompt, "answer": q.answer, "options": list(q.options),
-         "unseen_pair": False}
+        {"id": q.id, "video": os.path.relpath(Path(folder) / q.media, videos_dir),
+         "type": q.group or "all", "form": "choice", "question": q.prompt, "answer": q.answer,
+         "options": list(q.options), "unseen_pair": False}
         for q in questions
     ]  # fmt: skip

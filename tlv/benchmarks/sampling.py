@@ -1,9 +1,28 @@
 """Which frames a benchmark's own code looks at, where it is not what the model samples.
 
-Source: TinyLLaVA-Video's evaluation (arXiv 2501.15513).
+How many they are is the model's: `num_frames(num_total, fps)`, a function of a clip's number of
+frames and its frame rate. Source: TinyLLaVA-Video's evaluation (arXiv 2501.15513).
 """
 
 import numpy as np
+
+from tlv.video import sample_indices_fps
+
+
+def sixteen(num_total, fps) -> int:
+    """What most published models look at, whatever the clip."""
+    return 16
+
+
+def frames_of(processor):
+    """A model's own `num_frames`: as many of each clip, or so many a second up to a limit."""
+
+    def num_frames(num_total, fps) -> int:
+        if processor.sampling == "uniform":
+            return processor.num_frames
+        return len(sample_indices_fps(num_total, fps, processor.fps, processor.max_frames))
+
+    return num_frames
 
 
 def segment_midpoints(num_total, fps, num_frames=16, bound=None, first=0) -> np.ndarray:
@@ -18,7 +37,10 @@ def segment_midpoints(num_total, fps, num_frames=16, bound=None, first=0) -> np.
     return np.array([int(low + size / 2 + np.round(size * i)) for i in range(num_frames)])
 
 
-def left_steps(num_total, fps, max_frames=16) -> np.ndarray:
-    """LongVideoBench's frames: one a second, at most `max_frames`, from the first on at a step."""
-    num = max(1, int(min(max_frames, int(num_total / fps))))
-    return np.arange(num) * int(num_total / num)
+def left_steps(duration, fps, max_frames=16) -> np.ndarray:
+    """LongVideoBench's frames: one a second, at most `max_frames`, from the first on at a step.
+
+    duration: seconds, as the annotation tells it, whatever the file holds.
+    """
+    num = max(1, min(max_frames, int(duration)))
+    return np.arange(num) * int(int(duration * fps) / num)

@@ -1,6 +1,7 @@
 """ScienceQA (test): letters, over all questions and over those with a picture (IMG).
 
-Reads llava_test_CQM-A.json (id, conversations, perhaps image), problems.json and test/.
+Reads llava_test_CQM-A.json (id, conversations, perhaps image), problems.json and
+images/test/.
 """
 
 import re
@@ -12,7 +13,7 @@ from tlv.benchmarks.question import LETTER, BenchmarkError, Question, read_rows,
 MAX_NEW_TOKENS = 1024
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     path, questions = folder / "problems.json", []
     problems = read_table(path)
     for row in read_rows(folder / "llava_test_CQM-A.json", ("id", "conversations")):
@@ -21,21 +22,24 @@ def read(folder: Path, num_frames: int = 16) -> list[Question]:
                                  "version")
         problem = problems[str(row["id"])]
         asked = row["conversations"][0]["value"].replace("<image>", "").strip()
-        has_picture = "image" in row
+        media = f"images/test/{row['image']}" if "image" in row else None
         questions.append(Question(
-            str(row["id"]), f"{asked}\n{LETTER}", f"test/{row['image']}" if has_picture else None,
-            LETTERS[problem["answer"]], tuple(problem["choices"]), "img" if has_picture else "text",
+            str(row["id"]), f"{asked}\n{LETTER}", media, LETTERS[problem["answer"]],
+            tuple(problem["choices"]), "img" if media else "text",
         ))  # fmt: skip
     return questions
 
 
 def parse_science(text: str) -> str | None:
-    """"B", "B. an answer" or one "The answer is B."; None for anything else, which is wrong."""
+    """"B", "B. an answer" or one "The answer is B."; None for anything else, which is wrong.
+
+    After "The answer is B" published code takes any character, not a full stop alone.
+    """
     if text in LETTERS[:5] and len(text) == 1:
         return text
     if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
         return text[0]
-    found = re.findall(r"The answer is ([A-Z])\.", text)
+    found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else None
 
 

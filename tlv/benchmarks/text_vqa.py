@@ -14,7 +14,7 @@ MAX_NEW_TOKENS = 128
 OCR_FIRST, OCR = "OCR tokens: ", "Reference OCR token: "
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     path = folder / "TextVQA_0.5.1_val.json"
     truths = {(row["image_id"], row["question"].lower()): row["answers"]
               for row in read_table(path)["data"]}  # fmt: skip

@@ -12,7 +12,7 @@ MAX_NEW_TOKENS = 1024
 TABLE = "videomme/test-00000-of-00001.parquet"
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     rows = read_rows(folder / TABLE, ("videoID", "question", "options", "answer", "duration"))
     return [
         Question(

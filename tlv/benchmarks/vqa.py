@@ -5,17 +5,22 @@ import re
 MARKS = ";/[]\"{}()=+\\_-><@`,?!"
 NUMBERS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}  # fmt: skip
-CONTRACTIONS = {  # as annotators type them: as they are compared
-    word.replace("'", ""): word
+CONTRACTIONS = {  # one apostrophe left out, as annotators type them: as they are compared
+    word[:place] + word[place + 1 :]: word
     for word in (
-        "ain't aren't can't couldn't could've didn't doesn't don't hadn't hasn't haven't how'd "
-        "how's i'm i've isn't it'll ma'am mightn't might've mustn't must've needn't o'clock "
-        "oughtn't shan't shouldn't should've that's there's they'd they'll they're they've 'twas "
-        "wasn't weren't we've what'll what're what's what've when's where'd where's where've who'd "
-        "who'll who's who've why'll why're why's won't wouldn't would've y'all you'd you'll you're "
-        "you've"
+        "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've "
+        "hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am "
+        "mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at "
+        "shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
+        "someone'd someone'd've someone'll someone's something'd something'd've something'll "
+        "that's there'd there'd've there're there's they'd they'd've they'll they're they've "
+        "'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd "
+        "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've "
+        "wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
     ).split()
-}
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # a slip of the published table
 
 
 def normalise_vqa(text: str) -> str:

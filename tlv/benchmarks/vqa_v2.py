@@ -14,7 +14,7 @@ MAX_NEW_TOKENS = 128
 KEYS = ("question_id", "image", "text")
 
 
-def read(folder: Path, num_frames: int = 16) -> list[Question]:
+def read(folder: Path, num_frames=None) -> list[Question]:
     return [Question(str(row["question_id"]), row["text"], f"test2015/{row['image']}") for row in
             read_rows(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", KEYS)]  # fmt: skip
 
