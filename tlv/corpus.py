@@ -27,7 +27,7 @@ LESSONS = (  # until which share of the training: what is taught, and how often
             "one thing": 0.5}),
     (1.00, {"frame": 0.14, "motion": 0.12, "events": 0.05, "events of three": 0.14, "all": 0.55}),
 )
-EVENT_FORMS = (0.0, 1.0, 1.0, 1.0)  # once freely; as choice, which is harder, three times
+EVENT_FORMS = (0.0, 1.0, 1.0, 1.0)  # once freely; as choice, which is harder, with other options
 
 
 def write_lesson(rng: np.random.Generator, progress: float) -> list[tuple[str, str]]:
