@@ -18,16 +18,14 @@ PHRASES = (  # the shortest captions
 
 
 LESSONS = (  # until which share of the training: what is taught, and how often
-    (0.10, {"letters": 1.0}),
-    (0.19, {"letters": 0.25, "frame": 0.75}),
-    (0.27, {"letters": 0.25, "motion": 0.75}),
-    (0.37, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
-    (0.46, {"letters": 0.1, "motion": 0.1, "events": 0.2, "events of three": 0.6}),
-    (0.58, {"frame": 0.15, "motion": 0.15, "events": 0.05, "events of three": 0.15,
+    (0.12, {"letters": 1.0}),
+    (0.22, {"letters": 0.25, "frame": 0.75}),
+    (0.30, {"letters": 0.25, "motion": 0.75}),
+    (0.42, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
+    (0.57, {"frame": 0.15, "motion": 0.15, "events": 0.05, "events of three": 0.15,
             "one thing": 0.5}),
-    (1.00, {"frame": 0.14, "motion": 0.12, "events": 0.05, "events of three": 0.14, "all": 0.55}),
+    (1.00, {"frame": 0.12, "motion": 0.12, "events": 0.06, "events of three": 0.14, "all": 0.56}),
 )
-EVENT_FORMS = (0.0, 1.0, 1.0, 1.0)  # once freely; as choice, which is harder, with other options
 
 
 def write_lesson(rng: np.random.Generator, progress: float) -> list[tuple[str, str]]:
@@ -67,7 +65,7 @@ def _write_events(rng, num_things=2) -> list[tuple[str, str]]:
     """Two things, frame by frame: to which of them does it happen first. Later among three."""
     scene = world.sample_scene(rng, num_things=num_things, event_share=1.0)
     asked = [q for q in questions.ask(scene, rng) if q.type == "order"]
-    return _about(questions.frame_log(scene, 6), asked, rng, EVENT_FORMS)
+    return _about(questions.frame_log(scene, 6), asked, rng, questions.BOTH_FORMS)
 
 
 def _write_one_thing(rng) -> list[tuple[str, str]]:
