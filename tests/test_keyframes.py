@@ -173,9 +173,10 @@ def test_fewer_frames_than_keyframes_are_all_keyframes():
 
 
 def test_of_equal_frames_the_first_is_taken_once():
-    frames = FRAMES[[3, 0, 0, 3, 0]]
-    assert select_keyframes(frames, QUERY, 4, fill="none").tolist() == [0, 1]
-    assert top_k_keyframes(frames, QUERY, 2).tolist() == [1, 2]
+    # Cosines without rounding: on some CPUs a product differs in its last bit by the row it is in.
+    frames, query = torch.eye(4)[[3, 0, 0, 3, 0]], torch.tensor([0.8, 0.0, 0.0, 0.6])
+    assert select_keyframes(frames, query, 4, fill="none").tolist() == [0, 1]
+    assert top_k_keyframes(frames, query, 2).tolist() == [1, 2]
     frames = torch.eye(3).repeat(100, 1)  # cosines are exactly 0 and 1
     assert top_k_keyframes(frames, frames[2], 40).tolist() == list(range(2, 120, 3))
 

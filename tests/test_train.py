@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from PIL import Image
@@ -332,11 +333,12 @@ def test_16_bit_without_zero_follows_16_bit_with_it(configure):
                   ) == close(first, 2e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed has fp16 on GPUs alone")
-def test_fp16_follows_fp32_on_a_gpu(configure):
-    zero = "params/deepspeed_zero3.json"
-    half = run(configure(precision="fp16", device="cuda", zero_config=zero))
-    assert losses(half) == close(run(configure("full", device="cuda")), 0.02)
+@pytest.mark.skipif(not deepspeed.get_accelerator().is_fp16_supported(),
+                    reason="DeepSpeed has fp16 on GPUs and on CPUs with instructions for it")
+def test_fp16_follows_fp32(configure):
+    device, zero = "cuda" if torch.cuda.is_available() else "cpu", "params/deepspeed_zero3.json"
+    half = run(configure(precision="fp16", device=device, zero_config=zero))
+    assert losses(half) == close(run(configure("full", device=device)), 0.02)
 
 
 # ---- what must stop it ----------------------------------------------------------------------
@@ -386,7 +388,8 @@ def test_missing_inputs_are_named_before_anything_starts(configure, changes, mes
         launch(configure(**changes))
 
 
-def test_fp16_on_a_cpu_is_refused_with_what_to_take(configure):
+def test_fp16_on_a_cpu_without_it_is_refused_with_what_to_take(configure, monkeypatch):
+    monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(ConfigError, match="precision = 'fp16' needs a GPU; take 'bf16' or 'fp32'"):
         run(configure(precision="fp16"))
 
