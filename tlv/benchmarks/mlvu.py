@@ -5,8 +5,9 @@ Reads json/{task}.json and video/{task}/..., as MLVU/MVLU has them.
 
 from pathlib import Path
 
-from tlv.benchmarks.letters import LETTERS, ask_letter, score_letters
-from tlv.benchmarks.question import BenchmarkError, Question, read_rows
+from tlv.benchmarks.candidates import read_task
+from tlv.benchmarks.letters import score_letters
+from tlv.benchmarks.question import Question
 
 MAX_NEW_TOKENS = 1024
 TASKS = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco",
@@ -14,22 +15,8 @@ TASKS = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco"
 
 
 def read(folder: Path, num_frames=None) -> list[Question]:
-    keys, questions = ("video", "question", "candidates", "answer"), []
-    for task in TASKS:
-        path = folder / f"json/{task}.json"
-        for number, row in enumerate(read_rows(path, keys)):
-            if row["answer"] not in row["candidates"]:
-                raise BenchmarkError(f"{path}: row {number}: answer {row['answer']!r} is none of "
-                                     f"the candidates {row['candidates']}")
-            questions.append(Question(
-                id=f"{task}/{number}",
-                prompt=ask_letter(row["question"], row["candidates"]),
-                media=f"video/{task}/{row['video']}",
-                answer=LETTERS[row["candidates"].index(row["answer"])],
-                options=tuple(row["candidates"]),
-                group=task,
-            ))  # fmt: skip
-    return questions
+    return [question for task in TASKS
+            for question in read_task(folder / f"json/{task}.json", f"video/{task}")]  # fmt: skip
 
 
 def score(questions, answers) -> dict[str, float]:

@@ -57,6 +57,6 @@ def score_judged(questions, judged: dict) -> dict[str, float]:
             raise BenchmarkError(f"the judge's word on {question.id} is {said!r}; a score from 0.0 "
                                  "to 1.0 is wanted")
         names = question.group.split(",")
-        for name in ("total", *names, *([f"only/{question.group}"] if names else [])):
+        for name in ("total", *names, f"only/{question.group}"):
             groups[name].append(value)
     return {name: 100 * sum(values) / len(values) for name, values in groups.items()}

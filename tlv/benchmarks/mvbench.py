@@ -5,10 +5,12 @@ code the `start` and `end` of a question count for folders of frames alone: clip
 tasks are shown whole.
 """
 
+from functools import partial
 from pathlib import Path
 
-from tlv.benchmarks.letters import LETTERS, ask_letter, score_letters
-from tlv.benchmarks.question import BenchmarkError, Question, read_rows
+from tlv.benchmarks.candidates import read_task
+from tlv.benchmarks.letters import score_letters
+from tlv.benchmarks.question import Question
 from tlv.benchmarks.sampling import segment_midpoints, sixteen
 
 MAX_NEW_TOKENS = 1024
@@ -41,22 +43,9 @@ FRAMES = "tvqa/frames_fps3_hq"  # folders of 00001.jpg ..., three a second
 def read(folder: Path, num_frames=sixteen) -> list[Question]:
     questions = []
     for task, place in TASKS.items():
-        path = folder / f"json/{task}.json"
         bounds = ("start", "end") if place == FRAMES else ()
-        rows = read_rows(path, ("video", "question", "candidates", "answer", *bounds))
-        for number, row in enumerate(rows):
-            if row["answer"] not in row["candidates"]:
-                raise BenchmarkError(f"{path}: row {number}: answer {row['answer']!r} is none of "
-                                     f"the candidates {row['candidates']}")
-            questions.append(Question(
-                id=f"{task}/{number}",
-                prompt=ask_letter(row["question"], row["candidates"]),
-                media=f"video/{place}/{row['video']}",
-                answer=LETTERS[row["candidates"].index(row["answer"])],
-                options=tuple(row["candidates"]),
-                group=task,
-                frames=_rule(place, row, num_frames),
-            ))  # fmt: skip
+        rule_of = partial(_rule, place, num_frames=num_frames)
+        questions += read_task(folder / f"json/{task}.json", f"video/{place}", rule_of, bounds)
     return questions
 
 
