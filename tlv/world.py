@@ -176,6 +176,10 @@ def sample_scene(
             return scene
 
 
+def _pick(rng, names):
+    return names[rng.integers(len(names))]  # `rng.choice` would make an array of them each time
+
+
 def _draw_number(rng, shares) -> int:
     return 1 + int(rng.choice(len(shares), p=shares))
 
@@ -188,7 +192,7 @@ def _draw(rng, pairs, must_have, sizes, event_share) -> Scene:
             chosen.append(pairs[index])
     things = []
     for size, index in zip(sizes, rng.permutation(len(chosen)), strict=True):
-        direction = str(rng.choice(list(DIRECTIONS))) if rng.random() < 0.65 else None
+        direction = _pick(rng, list(DIRECTIONS)) if rng.random() < 0.65 else None
         # Under half a width over the clip, however long it lasts: on a torus, more than half of
         # one would look like a step the other way.
         speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
@@ -211,7 +215,7 @@ def _draw_events(rng, scene: Scene, pairs) -> tuple[Event, ...]:
 
     They pass, and the second begins where the first ends: a frame shows one of them, not which.
     """
-    kind = str(rng.choice(EVENTS))
+    kind = _pick(rng, EVENTS)
     length = rng.uniform(0.2, 0.24)
     start = rng.uniform(0.05, 0.95 - 2 * length)
     taken = {thing.colour for thing in scene.things}
@@ -247,18 +251,22 @@ def draw_shape(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.
 def render(scene: Scene, frames=None) -> np.ndarray:
     """Draw a scene. Returns uint8 RGB, (T, H, W, 3); `frames` picks some, default all."""
     frames = np.arange(scene.num_frames) if frames is None else np.asarray(frames)
-    canvas = np.empty((len(frames), SIZE, SIZE, 3), dtype=np.float32)  # (T, H, W, 3)
-    canvas[:] = scene.background
+    shape = (len(frames), SIZE, SIZE)
+    pixels = np.tile(np.float32(scene.background), (len(frames) * SIZE * SIZE, 1))  # (T H W, 3)
     grid = np.arange(SIZE) + 0.5
     for i, thing in enumerate(scene.things):
         x, y = thing.position(frames)
-        dx = (grid[None, None, :] - x[:, None, None] + SIZE / 2) % SIZE - SIZE / 2  # (T, 1, W)
-        dy = (grid[None, :, None] - y[:, None, None] + SIZE / 2) % SIZE - SIZE / 2  # (T, H, 1)
-        cover = draw_shape(thing.shape, dx, dy, SIZES[thing.size])  # (T, H, W)
-        cover = (cover * scene.is_visible(i, frames)[:, None, None])[..., None]  # (T, H, W, 1)
+        dx = (grid - x[:, None] + SIZE / 2) % SIZE - SIZE / 2  # (T, W)
+        dy = (grid - y[:, None] + SIZE / 2) % SIZE - SIZE / 2  # (T, H)
+        reach = SIZES[thing.size] + 0.5  # nothing of it lies farther from its centre
+        near = np.flatnonzero((abs(dy) < reach)[:, :, None] & (abs(dx) < reach)[:, None])  # (P,)
+        t, row, column = np.unravel_index(near, shape)
+        cover = draw_shape(thing.shape, dx[t, column], dy[t, row], SIZES[thing.size])  # (P,)
+        cover = (cover * scene.is_visible(i, frames)[t])[:, None]  # (P, 1)
         paint = np.array([COLOURS[scene.colour_at(i, f)] for f in frames], dtype=np.float32)
-        canvas += cover * (paint[:, None, None, :] - canvas)
-    return canvas.round().astype(np.uint8)
+        below = pixels.take(near, axis=0)  # (P, 3)
+        pixels[near] = below + cover * (paint.take(t, axis=0) - below)
+    return pixels.round().astype(np.uint8).reshape(*shape, 3)  # (T, H, W, 3)
 
 
 def place_name(x: float, y: float) -> str:
