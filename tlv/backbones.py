@@ -35,7 +35,7 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
-ALONE_FROM = 0.68  # share of the LLM's steps after which the encoder was seen to be done
+ALONE_FROM = 0.6  # share of the LLM's steps after which the encoder was seen to be done
 ROWS_TOGETHER = 4  # texts of like length, of 16, that the LLM reads in one pass: less padding
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
@@ -242,13 +242,20 @@ def measure_reading(
     for _ in range(num_scenes):
         scene = world.sample_scene(rng)
         told = questions.frame_log(scene, 6)
-        for question in questions.ask(scene, rng):
-            text, answer = questions.write_turn(question, rng, choice_share)
-            turns = [(f"{told}\n{text}", answer)]
-            row = {k: torch.tensor([v]) for k, v in chat.encode(turns, template, tokenizer).items()}
-            guess = model(input_ids=row["input_ids"].to(model.device)).logits[0, :-1].argmax(-1)
-            label = row["labels"][0, 1:].to(model.device)
-            hit = ((guess == label) | (label == chat.IGNORE_INDEX)).all()
+        asked = questions.ask(scene, rng)
+        turns = [questions.write_turn(question, rng, choice_share) for question in asked]
+        encoded = [
+            chat.encode([(f"{told}\n{text}", answer)], template, tokenizer)
+            for text, answer in turns
+        ]
+        row = isolate(encoded)
+        batch = {key: value.to(model.device) for key, value in pad_rows([row], 0).items()}
+        label = batch.pop("labels")[0, 1:]  # (L - 1,)
+        guess = model(**batch).logits[0, :-1].argmax(-1)  # (L - 1,)
+        is_right = (guess == label) | (label == chat.IGNORE_INDEX)
+        turn_of = torch.tensor(row["segments"][1:], device=model.device)
+        for number, question in enumerate(asked, start=1):
+            hit = is_right[turn_of == number].all()
             right.setdefault(question.type, []).append(float(hit))
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
