@@ -41,7 +41,7 @@ def select_keyframes(frames, query, num_keyframes=32, threshold=0.85, min_releva
     if fill not in FILLS:
         raise ValueError(f"fill = {fill!r}: must be one of {', '.join(FILLS)}")
     frames, query = _unit_vectors(frames, query)
-    relevance = frames @ query  # (T,)
+    relevance = _relevance(frames, query)  # (T,)
     order = _by_relevance(relevance)
     if min_relevance is not None:
         order = order[relevance[order] >= min_relevance]  # (candidates,)
@@ -164,7 +164,7 @@ def frame_relevance(frames, query) -> torch.Tensor:
     Source: ViLAMP equation 2. Taught in notebook 06.
     """
     frames, query = _unit_vectors(frames, query)
-    return frames @ query  # (T,)
+    return _relevance(frames, query)  # (T,)
 
 
 def preceding_keyframes(keyframes, num_frames) -> torch.Tensor:
@@ -208,6 +208,12 @@ def _check_budget(num_keyframes):
 def _check_cosine(name, value):
     if not -1 <= value <= 1:
         raise ValueError(f"{name} = {value}: a cosine is from -1 to 1")
+
+
+def _relevance(frames, query):
+    # every frame summed by itself: in a product with the matrix a last bit depends on the row, so
+    # that of two equal frames the later one could win; in blocks, for a copy of each is made
+    return torch.cat([torch.linalg.vecdot(rows, query) for rows in frames.split(BLOCK)])  # (T,)
 
 
 def _by_relevance(relevance):
