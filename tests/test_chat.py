@@ -362,11 +362,25 @@ def sample(*turns, video="a.mp4"):
 
 
 def test_annotations_are_read():
-    assert parse_conversation(sample("What?\n<image>", "This. ")) == [("<video>\nWhat?", "This.")]
+    assert parse_conversation(sample("What?\n<image>", "This.")) == [("<video>\nWhat?", "This.")]
     moved = parse_conversation(sample("Hi.", "Hello.", ("user", "See <video> it"), "Yes."))
     assert moved == [("Hi.", "Hello."), ("<video>\nSee  it", "Yes.")]
     assert parse_conversation(sample("Hi.", "Hello.", video=None)) == [("Hi.", "Hello.")]
     assert with_video("What <image>?") == "<video>\nWhat ?"
+
+
+@pytest.mark.parametrize("asked, answered, wanted", [
+    # What TinyLLaVA Factory makes of them: white space goes beside a visual, and there alone.
+    ("<image>\nWhat?", "This. \n", "USER: <video>\nWhat? ASSISTANT: This. \n</s>"),
+    (" What? \n<image> ", " This", "USER: <video>\nWhat? ASSISTANT:  This</s>"),
+    ("<image>", "A cat.", "USER: <video> ASSISTANT: A cat.</s>"),
+    ("<image>\nWhat <image>?", "This.", "USER: <video>\nWhat ? ASSISTANT: This.</s>"),
+])  # fmt: skip
+def test_annotations_become_the_published_strings(asked, answered, wanted):
+    turns = parse_conversation(sample(asked, answered))
+    assert render(turns, "llama").partition("USER")[2] == wanted[4:]
+    (text_only,) = parse_conversation(sample(" Why?\n", "So.", video=None))
+    assert render([text_only], "llama").endswith("USER:  Why?\n ASSISTANT: So.</s>")
 
 
 def test_turns_are_written_as_they_are_read():
@@ -393,10 +407,9 @@ def test_a_query_is_the_samples_own_or_the_question_without_options(sample, ques
         (sample("<video>\nA", ("human", "b")), "turn 1: from 'human', must be gpt"),
         (sample("<video>\nA"), "1 turns"),
         (sample("<video>\nA", "b", ("system", "c"), "d"), "turn 2: from 'system'"),
-        (sample("<video>\n<image>\nA", "b"), "2 placeholders"),
-        (sample("<video>\nA", "b", "<video> c", "d"), "2 placeholders"),
-        (sample("A", "b"), "0 placeholders .* but 1 video"),
-        (sample("<video>\nA", "b", video=None), "1 placeholders .* but 0 video"),
+        (sample("<video>\nA", "b", "<video> c", "d"), "2 turns with a placeholder"),
+        (sample("A", "b"), "0 turns with a placeholder .* but 1 video"),
+        (sample("<video>\nA", "b", video=None), "1 turns with a placeholder .* but 0 video"),
         (sample("<video>\nA", "see <image>"), "turn 1: a placeholder in an answer"),
         (sample("<video>\nA", "  "), "turn 1: value '  '"),
         (sample("<video>\nA", 5), "turn 1: value 5"),

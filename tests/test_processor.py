@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -38,15 +39,18 @@ def test_golden_pixels(tokenizer):
 
 
 CLIP = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+DINO = dict(size={"shortest_edge": 37}, crop_size={"height": 32, "width": 32})  # as 224 of 256
 
 
 @pytest.mark.parametrize("shape", [(40, 56), (56, 40), (20, 31), (33, 33)])
 def test_modes_equal_the_published_preprocessing(shape, tokenizer):
-    """CLIP's own processor crops, SigLIP's squashes; pad is TinyLLaVA's expand-to-square."""
+    """CLIP's and DINOv2's own processors crop, SigLIP's squashes; pad is TinyLLaVA's
+    expand-to-square."""
     frame = np.random.RandomState(1).randint(0, 256, (*shape, 3)).astype(np.uint8)
     clip = CLIPImageProcessorPil(**CLIP)
-    ours = TlvProcessor(clip, tokenizer, image_mode="crop").process_frames(frame[None])
-    assert torch.equal(ours, clip(images=frame, return_tensors="pt").pixel_values)
+    for theirs in (clip, BitImageProcessorPil(**DINO)):
+        ours = TlvProcessor(theirs, tokenizer, image_mode="crop").process_frames(frame[None])
+        assert torch.equal(ours, theirs(images=frame, return_tensors="pt").pixel_values)
     siglip = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     ours = TlvProcessor(siglip, tokenizer).process_frames(frame[None])
     assert torch.equal(ours, siglip(images=frame, return_tensors="pt").pixel_values)
@@ -55,9 +59,9 @@ def test_modes_equal_the_published_preprocessing(shape, tokenizer):
     canvas[:] = [int(mean * 255) for mean in clip.image_mean]
     top, left = (side - shape[0]) // 2, (side - shape[1]) // 2
     canvas[top : top + shape[0], left : left + shape[1]] = frame
-    ours = TlvProcessor(clip, tokenizer, image_mode="pad").process_frames(frame[None])
-    wanted = clip(images=canvas, return_tensors="pt").pixel_values  # a square: nothing is cut
-    assert torch.equal(ours, wanted)
+    for theirs in (clip, BitImageProcessorPil(**DINO, image_mean=clip.image_mean)):
+        ours = TlvProcessor(theirs, tokenizer, image_mode="pad").process_frames(frame[None])
+        assert torch.equal(ours, theirs(images=canvas, return_tensors="pt").pixel_values)
 
 
 @pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.48, 0.2, 0.9)])  # SigLIP's; one per channel

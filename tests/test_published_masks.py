@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_tokenizer import make_sentencepiece, make_tokenizer
 
-from tlv.chat import IGNORE_INDEX, encode, prepare_tokenizer
+from tlv.chat import IGNORE_INDEX, encode, prepare_tokenizer, video_token_id
 from tlv.templates import TEMPLATES, is_quoted, render
 
 SEPARATOR = " ASSISTANT: "
@@ -55,6 +55,16 @@ def conversation(rng):
     return [(f"<video>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
+def published_ids(text, tokenizer):
+    """TinyLLaVA's: the texts around the visual are tokenized apart; of all BOS the first stays."""
+    parts = [tokenizer(part).input_ids for part in text.split("<video>")]
+    num_bos = int(parts[0][:1] == [tokenizer.bos_token_id])
+    ids = parts[0][:]
+    for part in parts[1:]:
+        ids += [video_token_id(tokenizer), *part[num_bos:]]
+    return ids
+
+
 def published_labels(prompt, ids, tokenizer, stop, has_bos, num_extra=0):
     """Labels of `ids` by the published rule, and whether it gave the sample up.
 
@@ -64,7 +74,7 @@ def published_labels(prompt, ids, tokenizer, stop, has_bos, num_extra=0):
     bos = int(has_bos)
 
     def count(text):
-        return len(tokenizer(text).input_ids)
+        return len(published_ids(text, tokenizer))
 
     labels = list(ids)
     total = sum(token != tokenizer.pad_token_id for token in ids)
@@ -112,6 +122,7 @@ def compare(template, tokenizer, has_bos, num_extra=0):
         wanted, given_up = published_labels(
             prompt, row["input_ids"], tokenizer, stop, has_bos, num_extra
         )
+        assert row["input_ids"] == published_ids(prompt, tokenizer)
         is_quoting = SEPARATOR in turns[-1][1]
         assert given_up == is_quoting == is_quoted(turns, template)
         num_given_up, num_quoting = num_given_up + given_up, num_quoting + is_quoting
@@ -122,17 +133,23 @@ def compare(template, tokenizer, has_bos, num_extra=0):
     assert 5 < num_given_up == num_quoting < 50
 
 
-@pytest.mark.parametrize("template", TOKENIZERS)
-def test_pretraining_masks_the_visual_alone_as_published(template):
+@pytest.mark.parametrize("name", [*TOKENIZERS, *SENTENCEPIECE])
+def test_pretraining_masks_the_visual_alone_as_published(name):
     """Of each tokenizer: as many tokens as `<image>` has, with the BOS where there is one."""
-    tokenizer, rng = tokenizer_of(template), np.random.default_rng(2)
-    num_masked = 1 + TOKENIZERS[template][1]
+    template, special, prefix = SENTENCEPIECE.get(name, (name, None, None))
+    if name in SENTENCEPIECE:
+        made = make_sentencepiece(corpus_of(template), special, prefix)
+        tokenizer = prepare_tokenizer(made, template)
+    else:
+        tokenizer = tokenizer_of(template)
+    rng, num_masked = np.random.default_rng(2), 1 + TOKENIZERS[template][1]
     for _ in range(200):
         caption = words(rng)
         row = encode([("<video>\nDescribe it.", caption)], "pretrain", tokenizer, 1)
-        assert row["labels"][:num_masked] == [IGNORE_INDEX] * num_masked
-        assert row["labels"][num_masked:] == row["input_ids"][num_masked:]
-        assert tokenizer.decode(row["labels"][num_masked:]) == f"{caption}\n"
+        ids = published_ids(f"<video>{caption}\n", tokenizer)
+        assert row["input_ids"] == ids
+        assert row["labels"] == [IGNORE_INDEX] * num_masked + ids[num_masked:]
+        assert tokenizer.decode(ids[num_masked:]).strip() == caption
 
 
 def test_rendered_strings_of_every_published_template():

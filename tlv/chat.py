@@ -23,8 +23,8 @@ ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "system": 2}
 
 
 def with_video(question: str) -> str:
-    """The question with one visual in front, wherever (and however named) it stood before."""
-    return f"{VIDEO_TOKEN}\n{PLACEHOLDER.sub('', question).strip()}"
+    """The question with one visual in front, wherever, however named and often it stood before."""
+    return f"{VIDEO_TOKEN}\n{PLACEHOLDER.sub('', question).strip()}".strip()
 
 
 # ---- annotations -> turns -------------------------------------------------------------------
@@ -41,6 +41,7 @@ def parse_conversation(sample: dict) -> list[tuple[str, str]]:
     Turns at the ends from which nothing can be learnt are left out (`odd_turns` names them).
     Raises ConversationError unless human (or user) and gpt (or assistant) alternate, every turn
     has words, and the sample names a clip or picture exactly where a question holds a placeholder.
+    White space around answers and around questions without a visual stays, as in published code.
     """
     name, values = sample.get("id", "(no id)"), sample.get("conversations")
     num_turns = len(values) if isinstance(values, list) else 0
@@ -51,11 +52,11 @@ def parse_conversation(sample: dict) -> list[tuple[str, str]]:
                                 "gpt, human, gpt ..., ending with gpt")
     texts = [_read_turn(name, index, values[index], index - first) for index in kept]
     turns = list(zip(texts[::2], texts[1::2], strict=True))
-    num_visuals = sum(len(PLACEHOLDER.findall(text)) for text in texts)
+    num_visuals = sum(PLACEHOLDER.search(text) is not None for text in texts)
     wanted = 1 if visual_of(sample) else 0
     if num_visuals != wanted:
-        raise ConversationError(f"sample {name!r}: {num_visuals} placeholders (<video> or <image>) "
-                                f"in its turns, but {wanted} video or image; one of each is right")
+        raise ConversationError(f"sample {name!r}: {num_visuals} turns with a placeholder (<video> "
+                                f"or <image>), but {wanted} video or image; one of each is right")
     return [(with_video(q) if PLACEHOLDER.search(q) else q, a) for q, a in turns]
 
 
@@ -114,7 +115,7 @@ def _read_turn(name, index, turn, place) -> str:
     if place % 2 and PLACEHOLDER.search(text):
         raise ConversationError(f"sample {name!r}, turn {index}: a placeholder in an answer; "
                                 "it belongs in a question")
-    return text.strip()
+    return text
 
 
 # ---- text -> ids and labels -----------------------------------------------------------------
@@ -123,9 +124,9 @@ def _read_turn(name, index, turn, place) -> str:
 def prepare_tokenizer(tokenizer, template, what: str = "llm_dir"):
     """Give a published tokenizer what training needs: `<video>`, and a pad token where it has none.
 
-    Padding is told from text by the attention mask alone, so any token will do: the unknown token,
-    as TinyLLaVA takes for Llama, Phi and Gemma, else the end token, as Qwen2 does. Raises
-    ValueError where there is neither, and as `check_stop`.
+    Padding is told from text by the attention mask alone, so any token will do: its own, else the
+    unknown token, else the end token. (TinyLLaVA takes the unknown one for Llama, Phi and Gemma
+    also where there is another.) Raises ValueError where there is none, and as `check_stop`.
     """
     if VIDEO_TOKEN not in tokenizer.get_added_vocab():
         tokenizer.add_tokens([VIDEO_TOKEN], special_tokens=True)
@@ -185,6 +186,25 @@ def stop_token_ids(template, tokenizer) -> list[int]:
     return sorted({*ends, tokenizer.eos_token_id} - {None})
 
 
+def tokenize(text: str, tokenizer, add_special_tokens: bool = True) -> tuple[list, list]:
+    """Token ids of a text with `<video>` in it or not, and for each token its (start, end) in it.
+
+    What stands before and after the visual is tokenized apart, as in published code: some
+    tokenizers begin each text with a space of its own.
+    """
+    ids, places, start = [], [], 0
+    for part in text.split(VIDEO_TOKEN):
+        if start:
+            ids.append(video_token_id(tokenizer))
+            places.append((start - len(VIDEO_TOKEN), start))
+        encoded = tokenizer(part, return_offsets_mapping=True,
+                            add_special_tokens=add_special_tokens and not start)  # fmt: skip
+        ids += encoded.input_ids
+        places += [(start + first, start + last) for first, last in encoded.offset_mapping]
+        start += len(part) + len(VIDEO_TOKEN)
+    return ids, places
+
+
 def encode(turns, template, tokenizer, num_video_tokens=None) -> dict:
     """Turns -> {"input_ids", "labels"}, lists of equal length (L,).
 
@@ -202,9 +222,8 @@ def encode(turns, template, tokenizer, num_video_tokens=None) -> dict:
     if num_visuals != (num_video_tokens is not None):
         raise ConversationError(f"{num_visuals} {VIDEO_TOKEN} in the conversation, but "
                                 f"num_video_tokens = {num_video_tokens}: {text[:200]!r}")
-    encoded = tokenizer(text, return_offsets_mapping=True)
     placeholder, ids, labels = video_token_id(tokenizer), [], []
-    for token, place in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+    for token, place in zip(*tokenize(text, tokenizer), strict=True):
         count = num_video_tokens if token == placeholder else 1
         ids += [token] * count
         labels += [token if _overlaps(place, spans) else IGNORE_INDEX] * count

@@ -1,8 +1,9 @@
 """Text, clips and pictures -> what the model's forward and generate take. Saved beside the model.
 
 Frames are fitted to the encoder's square (bicubic, PIL), divided by 255 and normalised as the
-encoder's own image processor says. How they are fitted is the image mode: `square` squashes, `pad`
-fills up with the mean colour first, `crop` cuts the middle out. Taught in notebook 02.
+encoder's own image processor says. How they are fitted is the image mode: `square` squashes, `crop`
+resizes and cuts the middle out as the image processor says, `pad` fills up with the mean colour
+before. Taught in notebook 02.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from tlv.chat import video_token_id
+from tlv.chat import tokenize, video_token_id
 from tlv.keyframes import choose_keyframes, count_clip_tokens
 from tlv.templates import VIDEO_TOKEN
 from tlv.video import Clip, plan_frames, sample_frames
@@ -21,20 +22,20 @@ from tlv.video import Clip, plan_frames, sample_frames
 SELECTOR = "selector"  # the folder of the image-text pair, below the model's
 
 
-def _squash(frame: Image.Image, side: int, colour) -> Image.Image:
+def _squash(frame: Image.Image, side: int, edge: int, colour) -> Image.Image:
     return frame.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _pad(frame: Image.Image, side: int, colour) -> Image.Image:
+def _pad(frame: Image.Image, side: int, edge: int, colour) -> Image.Image:
     longest = max(frame.size)
     canvas = Image.new("RGB", (longest, longest), colour)
     canvas.paste(frame, ((longest - frame.width) // 2, (longest - frame.height) // 2))
-    return _squash(canvas, side, colour)
+    return _crop(canvas, side, edge, colour)
 
 
-def _crop(frame: Image.Image, side: int, colour) -> Image.Image:
+def _crop(frame: Image.Image, side: int, edge: int, colour) -> Image.Image:
     shortest = min(frame.size)
-    width, height = (int(side * length / shortest) for length in frame.size)
+    width, height = (int(edge * length / shortest) for length in frame.size)
     frame = frame.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     return frame.crop((left, top, left + side, top + side))
@@ -47,6 +48,11 @@ def picture_side(image_processor) -> int:
     """Height and width in pixels of the pictures that an image processor makes."""
     size = getattr(image_processor, "crop_size", None) or image_processor.size
     return size.get("height") or size["shortest_edge"]
+
+
+def shortest_edge(image_processor) -> int:
+    """Pixels of a picture's shorter side before its middle is cut out: DINOv2 cuts 224 of 256."""
+    return image_processor.size.get("shortest_edge") or picture_side(image_processor)
 
 
 class TlvProcessor(ProcessorMixin):
@@ -131,7 +137,8 @@ class TlvProcessor(ProcessorMixin):
             raise ValueError(f"frames must be (T, H, W, 3) uint8, not {frames.shape} "
                              f"{frames.dtype}")
         fit, colour = IMAGE_MODES[self.image_mode], self._mean_colour()
-        fitted = [fit(Image.fromarray(frame), self.side, colour) for frame in frames]
+        sides = self.side, shortest_edge(self.image_processor)
+        fitted = [fit(Image.fromarray(frame), *sides, colour) for frame in frames]
         pixels = self.image_processor(
             images=fitted, do_resize=False, do_center_crop=False, return_tensors="pt"
         ).pixel_values
@@ -194,7 +201,7 @@ class TlvProcessor(ProcessorMixin):
         return frames[None] if frames.ndim == 3 else frames
 
     def _tokenize(self, prompt, num_tokens, add_special_tokens) -> list[int]:
-        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
+        ids, _ = tokenize(prompt, self.tokenizer, add_special_tokens)
         placeholder = video_token_id(self.tokenizer)
         return [i for token in ids for i in [token] * (num_tokens if token == placeholder else 1)]
 
