@@ -123,6 +123,23 @@ def test_a_template_of_another_model_is_refused_before_anything_runs(vision_dir,
         build_model(vision_dir, tmp_path, template="gemma")
 
 
+@pytest.mark.parametrize("kind", ["gemma"], indirect=True)
+def test_gemma_scales_video_tokens_as_it_scales_words(kind, built, clip_frames):
+    """Its published forward multiplies all embeddings by the root of their width."""
+    model, processor = built
+    pixels = processor.process_frames(clip_frames(4))
+    row = encode([("<video>\nWhere?", "In a park.")], "gemma", processor.tokenizer, 8)
+    ids = torch.tensor([row["input_ids"]])
+    is_video = ids == model.config.video_token_id
+    with torch.no_grad():
+        x = model.get_input_embeddings().weight[ids.masked_fill(is_video, 0)]  # (1, L, D)
+        x[is_video] = model.encode_videos([pixels])[0]
+        wanted = model.language_model(inputs_embeds=x * x.shape[-1] ** 0.5).logits
+        ours = model(input_ids=ids, pixel_values_videos=pixels[None]).logits
+    assert torch.allclose(ours, wanted, atol=1e-5)
+    assert not torch.allclose(ours, model.language_model(inputs_embeds=x).logits, atol=1e-2)
+
+
 @pytest.fixture
 def zephyr_dir(tmp_path):
     """A Llama folder whose tokenizer has a chat template of its own."""

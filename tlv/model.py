@@ -168,7 +168,8 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
         """
         is_video = input_ids == self.config.video_token_id  # (B, L)
         # The placeholder's own id is never looked up: it may not be in the vocabulary.
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_video, 0))
+        words = self.get_input_embeddings()
+        embeds = words(input_ids.masked_fill(is_video, 0))
         counts = [count for count in is_video.sum(1).tolist() if count]
         clips = []
         if {"pixel_values_videos", "video_features"} & clips_in.keys():
@@ -185,6 +186,8 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
                                  f"tokens of its clip {clip}")
         if counts:
             tokens = torch.cat([clips[clip] for clip in index]).to(embeds.device, embeds.dtype)
+            if hasattr(words, "embed_scale"):  # Gemma; published code scales all that it embeds
+                tokens = tokens * words.embed_scale.to(tokens.dtype)
             embeds = embeds.masked_scatter(is_video[..., None], tokens)
         return embeds + self._touch(clips, index) if self.training else embeds
 
