@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from tlv.benchmarks import mme, run
 from tlv.benchmarks.__main__ import main
 from tlv.benchmarks.question import LETTER, SHORT, BenchmarkError, read_rows
 from tlv.mp4 import write_video
-from tlv.video import VideoError
+from tlv.video import VideoError, probe, sample_frames
 
 
 def put(path, value, lines=False):
@@ -312,6 +313,12 @@ def test_answers_are_of_the_frames_named(tmp_path, tiny, monkeypatch):
         assert len(frames) == 4, name
     whole = "video/star/Charades_v1_480/a.mp4"
     assert np.array_equal(shown[whole], processor.sample(tmp_path / whole).frames)
+    shown.clear()
+    make_mlvu(tmp_path)  # a clip shorter than what the model samples: each frame once
+    run.answer(model, SimpleNamespace(selector=None, sample=lambda path: sample_frames(path, 200)),
+               run.find("mlvu").read(tmp_path)[:1], tmp_path)  # fmt: skip
+    (name,) = shown
+    assert len(shown[name]) == probe(tmp_path / name).num_frames < 200
 
 
 def test_a_judges_words_are_scored(tmp_path, capsys):

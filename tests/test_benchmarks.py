@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tlv.benchmarks import (
@@ -22,8 +23,9 @@ from tlv.benchmarks.letters import ask_letter, parse_letter, score_letters
 from tlv.benchmarks.longvideobench import interleave
 from tlv.benchmarks.question import BenchmarkError, Question
 from tlv.benchmarks.run import BENCHMARKS, find
-from tlv.benchmarks.sampling import frames_of, left_steps, segment_midpoints
+from tlv.benchmarks.sampling import each_once, frames_of, left_steps, segment_midpoints
 from tlv.benchmarks.vqa import CONTRACTIONS, normalise_vqa, score_vqa
+from tlv.video import Clip, sample_indices
 
 
 def asked(*rows) -> list[Question]:
@@ -65,6 +67,14 @@ def test_frames_of_longvideobench():
     assert left_steps(100.0, 30.0).tolist() == [187 * i for i in range(16)]
     assert left_steps(0.3, 30.0).tolist() == [0]
     assert len(left_steps(10.0, 29.97)) == 10  # 299 frames, which are 9.98 s
+
+
+def test_frames_of_video_mme_and_mlvu_are_shown_once():
+    indices = sample_indices(10, 16)
+    assert indices.tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8, 9]
+    frames = np.arange(10, dtype=np.uint8)[indices, None, None, None]
+    clip = Clip(frames, indices, indices / 8, 10, 8.0, 1.25)
+    assert each_once(clip).ravel().tolist() == list(range(10))
 
 
 def test_how_many_frames_is_the_models():

@@ -3,6 +3,7 @@
 Reads json/{task}.json and video/{task}/..., as MLVU/MVLU has them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from tlv.benchmarks.candidates import read_task
@@ -15,7 +16,7 @@ TASKS = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco"
 
 
 def read(folder: Path, num_frames=None) -> list[Question]:
-    return [question for task in TASKS
+    return [replace(question, each_once=True) for task in TASKS
             for question in read_task(folder / f"json/{task}.json", f"video/{task}")]  # fmt: skip
 
 

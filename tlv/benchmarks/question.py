@@ -22,7 +22,8 @@ class Question:
     `prompt` is without the placeholder; `media` is a clip, a picture or a folder of frames below
     the benchmark's folder, None for text alone. `answer` is the truth in the benchmark's own form,
     None where a server or a judge alone knows it. `frames` chooses frame numbers from a clip's
-    number of frames and its frame rate, None: as the model samples.
+    number of frames and its frame rate, None: as the model samples; `each_once`: but no frame of a
+    short clip twice.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Question:
     options: tuple[str, ...] = ()
     group: str = ""  # task, category or length
     frames: Callable | None = None
+    each_once: bool = False
 
 
 def read_rows(path: Path, keys=(), lines: bool = False) -> list[dict]:

@@ -24,6 +24,7 @@ from tlv.benchmarks import (
     vqa_v2,
 )
 from tlv.benchmarks.question import Question
+from tlv.benchmarks.sampling import each_once
 from tlv.video import VideoError, probe, read_frames, read_image
 
 BENCHMARKS = {
@@ -46,6 +47,7 @@ def answer(model, processor, questions: list[Question], folder, *, batch_size: i
            max_new_tokens: int = 1024, progress=iter) -> list[answering.Answer]:  # fmt: skip
     """Greedy answers, every question asked alone, of the frames that the benchmark names."""
     folder, rules = Path(folder), {}
+    once = {question.media for question in questions if question.each_once}
 
     def place(number, question):
         """What stands for the question's clip: its file, or with frames of its own, a name."""
@@ -56,7 +58,8 @@ def answer(model, processor, questions: list[Question], folder, *, batch_size: i
 
     def frames_of(name):
         if name not in rules:
-            return processor.sample(folder / name).frames
+            clip = processor.sample(folder / name)
+            return each_once(clip) if name in once else clip.frames
         return read_chosen(folder / rules[name].media, rules[name].frames)
 
     asked = [

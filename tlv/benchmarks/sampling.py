@@ -6,7 +6,7 @@ frames and its frame rate. Source: TinyLLaVA-Video's evaluation (arXiv 2501.1551
 
 import numpy as np
 
-from tlv.video import sample_indices_fps
+from tlv.video import Clip, sample_indices_fps
 
 
 def sixteen(num_total, fps) -> int:
@@ -23,6 +23,14 @@ def frames_of(processor):
         return len(sample_indices_fps(num_total, fps, processor.fps, processor.max_frames))
 
     return num_frames
+
+
+def each_once(clip: Clip) -> np.ndarray:
+    """A sampled clip's frames without repeats, (T, H, W, 3): Video-MME's and MLVU's.
+
+    Training shows some frames of a short clip twice, so that there are always as many.
+    """
+    return clip.frames[np.unique(clip.indices, return_index=True)[1]]
 
 
 def segment_midpoints(num_total, fps, num_frames=16, bound=None, first=0) -> np.ndarray:

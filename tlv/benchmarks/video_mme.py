@@ -23,6 +23,7 @@ def read(folder: Path, num_frames=None) -> list[Question]:
             # Published code cuts an option's last character off, and all after a full stop in it.
             options=tuple(option.partition(". ")[2] for option in row["options"]),
             group=row["duration"],
+            each_once=True,
         )
         for number, row in enumerate(rows)
     ]
