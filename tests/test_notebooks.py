@@ -260,6 +260,8 @@ def change_last(**values):
     (replace("add. Cost", "add. Price"), "exercise 1 does not say its cost"),
     (replace("we predict", "we hope"), "no exercise predicts"),
     (replace("3. Open", "Open"), "2 exercises"),
+    (replace("a minute.", "a minute. ![a](x.png)"), "shows x.png: tag it `measured`"),
+    (replace("a minute.", "a minute. ![a](x.png)"), "x.png is not there"),
     (change_last(execution_count=None), "not every cell has run"),
     (change_last(id="x"), "cell ids"),
     (change_last(outputs=[]), "at least 5"),

@@ -226,6 +226,9 @@ def test_what_was_measured_is_left_out_of_the_executed_copy():
         output = new_output("stream", text="3.1 s")
         return new_code_cell("x", outputs=[output], metadata={"tags": tags})
 
-    notebook = new_notebook(cells=[cell(["measured"]), cell([])])
+    figure = new_markdown_cell("![a](b.png)", metadata={"tags": ["measured"]})
+    prose = new_markdown_cell("Look for: c.")
+    notebook = new_notebook(cells=[cell(["measured"]), figure, prose, cell([])])
     notebooks.drop_measured(notebook)
-    assert [len(c.outputs) for c in notebook.cells] == [0, 1]
+    assert [c.cell_type for c in notebook.cells] == ["code", "markdown", "code"]
+    assert [len(c.outputs) for c in notebook.cells if c.cell_type == "code"] == [0, 1]

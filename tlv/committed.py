@@ -2,7 +2,7 @@
 
 `make report` gathers it in notebooks/measured.json, so that no notebook reads the outputs of a real
 run. Cells that use it are tagged `measured`: no stage's result depends on another run's.
-Taught in notebooks 02 to 04 and 06.
+Taught in notebooks 02 to 06.
 """
 
 import json
@@ -23,6 +23,7 @@ FORMS = {
 SHOWN = (  # below outputs/
     *(f"{preset}/{stage}/metrics.json" for preset in MODELS.values()
       for stage in ("02_architecture", "03_pretraining", "04_sft")),
+    "tiny/05_evaluation/metrics.json",
     "tiny/06_long_video/scaling.json",
     "tiny/long/06_long_video/metrics.json",
 )  # fmt: skip
@@ -44,6 +45,18 @@ def side_by_side(stage: str, keys) -> str:
         cells = [_cell(values.get(key)) for values in runs.values()]
         rows.append(f"{key:{width}}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(rows)
+
+
+def two_columns(stage: str, columns: dict, rows) -> str:
+    """Shares from one file of the video model: `columns` are titles and what the keys of each begin
+    with, `rows` how they end."""
+    values = found(f"tiny/{stage}/metrics.json")
+    lines = [" " * 12 + "".join(f"{title:>14}" for title in columns)]
+    for row in rows:
+        cells = [f"{values[begin + row]:.1%}" if begin + row in values else "-"
+                 for begin in columns.values()]  # fmt: skip
+        lines.append(f"{row:12}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
 
 
 def grid_table(metrics: dict) -> str:

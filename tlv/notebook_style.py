@@ -39,6 +39,7 @@ def lint(path) -> list[str]:
     problems = _file(path, notebook, cells, code, number)
     problems += _opening(cells, number) + _sections(prose) + _parameters(code, number)
     problems += _rhythm(code, prose) + _code(code) + _outputs(code) + _exercises(prose)
+    problems += _pictures(prose, path.parent)
     return problems
 
 
@@ -155,6 +156,18 @@ def _outputs(code) -> list[str]:
     compared = [c for c in code if "nbval-check-output" in c["metadata"].get("tags", [])]
     if sum(bool(c["outputs"]) for c in compared) < 5:
         found.append(f"{len(compared)} cells with compared output, at least 5 (nbval-check-output)")
+    return found
+
+
+def _pictures(prose, folder) -> list[str]:
+    """Figures of committed runs: each must be there, and its cell must stay out of a run's copy."""
+    found = []
+    for cell in prose:
+        links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", cell["source"])
+        if links and "measured" not in cell["metadata"].get("tags", []):
+            found.append(f"cell {cell.get('id')} shows {links[0]}: tag it `measured`")
+        found += [f"cell {cell.get('id')}: {link} is not there" for link in links
+                  if not (folder / link).is_file()]  # fmt: skip
     return found
 
 

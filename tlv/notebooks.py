@@ -243,10 +243,18 @@ def drop_banner(notebook) -> None:
 
 
 def drop_measured(notebook) -> None:
-    """Take away what cells tagged `measured` show: times and memory differ from run to run."""
+    """Take away what cells tagged `measured` show: numbers and figures of another run.
+
+    Times and memory differ from run to run. Of prose cells with that tag nothing is left.
+    """
+    kept = []
     for cell in notebook.cells:
         if "measured" in cell.metadata.get("tags", []):
+            if cell.cell_type == "markdown":
+                continue
             cell.outputs = []
+        kept.append(cell)
+    notebook.cells = kept
 
 
 def main(arguments=None) -> int:

@@ -230,7 +230,9 @@ def bars_with_ci(labels, values, low=None, high=None, baselines=None, title="",
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, fontsize=9,
                   frameon=False)  # fmt: skip
     span = 1.0 if unit_range else float(np.max(ends))
-    for row, (value, end) in enumerate(zip(values, ends, strict=True)):
+    # beside the interval, and beside the baseline's mark where that lies farther out
+    right = ends if baselines is None else np.maximum(ends, np.asarray(baselines) + 0.01 * span)
+    for row, (value, end) in enumerate(zip(values, right, strict=True)):
         text = f"{value:.0%}" if unit_range else f"{value:,.4g}"
         ax.text(end + 0.015 * span, row, text, va="center", fontsize=9, color=INK)
     ax.set_yticks(y, labels)
