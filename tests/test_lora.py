@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from toy_manifest import make_world
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tlv import train
 from tlv.builders import load_model
 from tlv.config import ConfigError, TrainConfig
-from tlv.lora import add_adapters, target_names
+from tlv.lora import add_adapters, merge, target_names
 from tlv.pretrained import ModelFolderError
 from tlv.runlog import read_log
 
@@ -151,6 +152,65 @@ def test_targets_are_the_matrices_of_the_layers(tiny):
             "linear", *(f"layers.0.{part}" for part in ("0.to_q", "0.to_kv", "0.to_out", "1.1",
                                                         "1.3")))}  # fmt: skip
     assert len(target_names(tiny[0], ("vision",))) == 2 * 6  # the third layer is not seen
+
+
+QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+GATED = QKV + "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+FUSED = "{0}.query_key_value {0}.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
+LLMS = {  # kind: where its layers are, the matrices of each
+    **dict.fromkeys(("llama", "qwen2", "stablelm", "gemma"), ("model.layers", GATED)),
+    "phi": ("model.layers", QKV + "self_attn.dense mlp.fc1 mlp.fc2"),
+    "openelm": ("transformer.layers", "attn.qkv_proj attn.out_proj ffn.proj_1 ffn.proj_2"),
+    "gpt_neox": ("gpt_neox.layers", FUSED.format("attention")),
+    "falcon": ("transformer.h", FUSED.format("self_attention")),
+    "bloom": ("transformer.h", FUSED.format("self_attention")),
+    "gptj": ("transformer.h", "attn.q_proj attn.k_proj attn.v_proj attn.out_proj mlp.fc_in "
+             "mlp.fc_out"),
+    "mpt": ("transformer.blocks", "attn.Wqkv attn.out_proj ffn.up_proj ffn.down_proj"),
+}  # fmt: skip
+FIELDS = {"gemma": dict(head_dim=8), "gptj": dict(rotary_dim=4),
+          "openelm": dict(head_dim=8, num_gqa_groups=2, ffn_dim_divisor=16)}  # fmt: skip
+
+
+def with_llm(model, kind):
+    """The model with a random LLM of another kind: width 32, 2 layers."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=4, initializer_range=0.2,
+                 bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    config = AutoConfig.for_model(kind, **sizes, **FIELDS.get(kind, {}))
+    model.language_model = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_targets_of_every_llm_are_its_matrices_but_the_head(kind, tiny):
+    layers, matrices = LLMS[kind]
+    assert set(target_names(with_llm(tiny[0], kind), ("llm",))) == {
+        f"language_model.{layers}.{n}.{name}" for n in (0, 1) for name in matrices.split()}
+
+
+@pytest.mark.parametrize("kind", ["gptj", "falcon"])
+@torch.no_grad()
+def test_adapters_of_other_llms_are_merged(kind, tiny):
+    model, ids = with_llm(tiny[0], kind), torch.tensor([[5, 6, 7, 8]])
+    names, before = set(model.state_dict()), model(ids).logits
+    add_adapters(model, ("llm",), rank=4, alpha=8, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.normal_(std=0.2)
+    adapted, merged = model(ids).logits, merge(model.state_dict(), model.adapter_settings)
+    plain = with_llm(model, kind)
+    plain.load_state_dict(merged)
+    assert set(merged) == names and (adapted - before).abs().max() > 0.01
+    assert torch.allclose(plain(ids).logits, adapted, atol=1e-5)
+
+
+def test_an_llm_with_matrices_of_another_class_is_refused(tiny):
+    """GPT-2's are Conv1D, stored the other way round."""
+    model = with_llm(tiny[0], "gpt2")
+    with pytest.raises(ValueError, match="lora names 'llm', but a GPT2LMHeadModel has no nn.Linear "
+                       "for adapters; take it out of lora"):
+        add_adapters(model, ("connector", "llm"), rank=4, alpha=8, dropout=0.0)
 
 
 def test_another_models_adapter_is_refused(tiny, tmp_path):

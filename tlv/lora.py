@@ -12,27 +12,39 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tlv.checkpoint import publish
 from tlv.pretrained import ModelFolderError
 from tlv.recipes import MODULES, part_module, seen_layer
 
 PREFIX = "base_model.model."  # before every name in a PEFT file
-MATRICES = ("Linear", "Linear4bit", "Linear8bitLt")  # plain, and as bitsandbytes has them
 
 
 def target_names(model, parts) -> list[str]:
-    """Every matrix of `parts` ("connector", "llm", "vision") that the output sees.
+    """Every matrix of `parts` ("connector", "llm", "vision") that an adapter is put on.
 
-    Of encoder and LLM those in the layers: an LLM's head is not among them.
+    Whatever their layers are called: each nn.Linear, of the LLM but for its head, of the encoder
+    in the layers that the output sees. ValueError for a part without one, such as GPT-2, whose
+    matrices are of another class.
     """
-    return [
-        f"{MODULES[part]}.{name}"
-        for part in parts for name, module in part_module(model, part).named_modules()
-        if type(module).__name__ in MATRICES
-        and (part == "connector" or ".layers." in name or ".layer." in name)
-        and (part != "vision" or seen_layer(model.config, f"{name}.")[2])
-    ]  # fmt: skip
+    names = []
+    for part in parts:
+        module = part_module(model, part)
+        found = [name for name, child in module.named_modules()
+                 if isinstance(child, nn.Linear) and _is_target(model, part, name, child)]
+        if not found:
+            raise ValueError(f"lora names {part!r}, but a {type(module).__name__} has no nn.Linear "
+                             "for adapters; take it out of lora, or another model for that part")
+        names += [f"{MODULES[part]}.{name}" for name in found]
+    return names
+
+
+def _is_target(model, part: str, name: str, matrix) -> bool:
+    if part == "vision":
+        place = seen_layer(model.config, f"{name}.")
+        return place is not None and place[2]
+    return part == "connector" or matrix is not model.language_model.get_output_embeddings()
 
 
 def quantize(model, parts, form: str, dtype, device) -> None:
