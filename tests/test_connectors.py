@@ -260,3 +260,26 @@ def test_bad_connectors_are_refused():
         build("mean_pool", patches_per_frame=37)
     with pytest.raises(ValueError, match="'bfloat16' is unknown; known are float16, float32"):
         build("naive_resampler", position_dtype="bfloat16")
+
+
+GROUPED = ("mean_pool", "group_resampler", "frame_resampler")
+ASKING = (*GROUPED, "resampler", "bench_resampler", "qformer", "naive_resampler")
+
+
+@pytest.mark.parametrize("count", [0, -4])
+@pytest.mark.parametrize("name, field", [*((n, "num_queries") for n in ASKING),
+                                         *((n, "num_groups") for n in GROUPED)])
+def test_a_size_below_one_is_refused(name, field, count):
+    with pytest.raises(ValueError, match=f"{field} = {count} must be 1 or more"):
+        build(name, **{field: count})
+
+
+def test_a_connectors_name_is_given_once():
+    linear = CONNECTORS["linear"]
+    with pytest.raises(ValueError, match="connector 'linear' is there already; take another name"):
+        CONNECTORS["linear"] = CONNECTORS["mof_mlp"]
+    assert CONNECTORS["linear"] is linear
+    for _ in range(2):  # what was taken out may come again
+        CONNECTORS["mine"] = linear
+        assert build("mine").num_tokens(7) == 7
+        del CONNECTORS["mine"]

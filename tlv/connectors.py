@@ -117,8 +117,18 @@ def _mean_pool(o):
     )
 
 
+def _count(o, name: str) -> int:
+    if o[name] < 1:
+        raise ValueError(f"{name} = {o[name]} must be 1 or more")
+    return o[name]
+
+
+def _queries(o) -> int:
+    return _count(o, "num_queries")
+
+
 def _per_group(o) -> int:
-    queries, groups = o["num_queries"], o["num_groups"]
+    queries, groups = _queries(o), _count(o, "num_groups")
     if queries % groups:
         raise ValueError(f"num_queries = {queries} is not divisible by num_groups = {groups}: "
                          "every group gives the same number of video tokens")
@@ -135,7 +145,7 @@ def _wide(cls, **more):
 
 def _narrow(cls):
     names = ("vision_width", "llm_width", "num_layers", "num_heads", "width")
-    return lambda o: cls(**{name: o[name] for name in names}, num_latents=o["num_queries"])
+    return lambda o: cls(**{name: o[name] for name in names}, num_latents=_queries(o))
 
 
 def _vilamp(o):
@@ -147,16 +157,26 @@ def _vilamp(o):
     return Vilamp(**{name: o[name] for name in names})
 
 
-CONNECTORS = {
+class Registry(dict):
+    """Builders by name, none of which is replaced in silence."""
+
+    def __setitem__(self, name, build):
+        if name in self:
+            raise ValueError(f"connector {name!r} is there already; take another name, or first "
+                             f"del CONNECTORS[{name!r}]")
+        super().__setitem__(name, build)
+
+
+CONNECTORS = Registry({
     "identity": _identity,
     "linear": lambda o: PerPatch(mlp(o["vision_width"], o["llm_width"], 1)),
     "mlp{N}x_gelu": lambda o: PerPatch(mlp(o["vision_width"], o["llm_width"], o["depth"])),
     "mof_mlp": _mof,
     "mean_pool": _mean_pool,
-    "resampler": _wide(Resampler, num_latents=lambda o: o["num_queries"]),
+    "resampler": _wide(Resampler, num_latents=_queries),
     "bench_resampler": _narrow(BenchResampler),
     "qformer": _narrow(QFormer),
-    "naive_resampler": _wide(NaiveResampler, num_latents=lambda o: o["num_queries"]),
+    "naive_resampler": _wide(NaiveResampler, num_latents=_queries),
     "group_resampler": _wide(
         GroupResampler, num_latents=_per_group, num_groups=lambda o: o["num_groups"]
     ),
@@ -164,7 +184,7 @@ CONNECTORS = {
         FrameResampler, num_latents=_per_group, patches_per_frame=lambda o: o["patches_per_frame"]
     ),
     "vilamp": _vilamp,
-}
+})  # fmt: skip
 
 
 def build_connector(name, *, vision_width, llm_width, num_queries, num_groups, num_layers,
