@@ -29,6 +29,7 @@ def card(tmp_path, vision_dir, llm_dir):
                 (tmp_path / f"{part}.json").write_text(json.dumps(content))
         paths = {part: str(tmp_path / f"{part}.json") for part in parts}
         dirs = {"videos_dir": tmp_path, "vision_dir": vision_dir, "llm_dir": llm_dir}
+        dirs |= {"pair_dir": None} if "pair_dir" in changes else {}
         paths |= {key: str(changes.get(key, path)) for key, path in dirs.items()}
         (tmp_path / "card.json").write_text(json.dumps(paths))
         return tmp_path / "card.json"
@@ -78,6 +79,8 @@ def test_a_clip_that_does_not_decode_is_found_only_when_asked_for(card, tmp_path
         ("null", "card.json: None is no JSON object"),
         (json.dumps(dict.fromkeys(validate.CARD_KEYS, "x") | {"llm_dir": 7}),
          "card.json: llm_dir = 7 must be a path in quotes"),
+        (json.dumps(dict.fromkeys(validate.CARD_KEYS, "x") | {"pair_dir": None}),
+         "card.json: pair_dir = None must be a path in quotes"),
     ],
 )  # fmt: skip
 def test_a_card_without_its_parts_is_refused(content, message, tmp_path, capsys):
@@ -139,7 +142,7 @@ def test_a_question_of_other_types_is_a_problem(changes, message, card):
         ({"conversations": [{"from": ["human"], "value": "x"}] * 2}, "from .'human'., must be"),
         ({"conversations": [7, 8]}, "turn 0: from None"),
         ({"conversations": None}, "no turns"),
-        ({"video": None}, "1 placeholders"),
+        ({"video": None}, "1 .*placeholder"),
     ],
 )
 def test_a_sample_of_other_types_is_a_problem(changes, message, card):
@@ -169,6 +172,9 @@ def _cut(folder):
         ("llm_dir", lambda f: [t.unlink() for t in f.glob("token*")], "AutoTokenizer finds no"),
         ("vision_dir", lambda f: (f / "preprocessor_config.json").unlink(), "AutoImageProcessor "),
         ("llm_dir", lambda f: (f / "config.json").unlink(), "no config.json in it"),
+        ("pair_dir", lambda f: (f / "config.json").unlink(), "no config.json in it"),
+        ("pair_dir", lambda f: [t.unlink() for t in f.glob("token*")], "AutoTokenizer finds no"),
+        ("pair_dir", shutil.rmtree, "no such folder"),
     ],
 )
 def test_an_unfinished_copy_of_a_model_is_a_problem(part, spoil, message, card, request, tmp_path):

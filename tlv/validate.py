@@ -1,8 +1,9 @@
 """Is a data card's folder complete, and are its annotations usable? `python -m tlv.validate CARD`
 
 A card (data/*.json) names the parts that the pipeline reads: clips, LLaVA-form annotations, the
-encoder's and the LLM's folder. Everything is looked at before anything is trained, and every
-problem is named with its file, its sample and what would be right. Taught in notebook 01.
+encoder's and the LLM's folder; pair_dir where the encoder is no image-text pair. Everything is
+looked at before anything is trained, and every problem is named with its file, its sample and what
+would be right. Taught in notebook 01.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from tlv.toy_data import CARD_KEYS
 from tlv.video import VideoError, sample_frames
 
 MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
+FOLDERS = {"vision_dir": AutoImageProcessor, "llm_dir": AutoTokenizer, "pair_dir": AutoTokenizer}
 QUESTION_KEYS = ("id", "video", "type", "form", "question", "answer", "options", "unseen_pair")
 
 
@@ -43,9 +45,9 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     videos = resolve(card["videos_dir"])
     if not videos.is_dir():
         problems.append(Problem("videos_dir", f"{videos}: no such folder"))
-    for part, loader in (("vision_dir", AutoImageProcessor), ("llm_dir", AutoTokenizer)):
+    for part in [name for name in FOLDERS if name in card]:
         try:
-            _check_folder(resolve(card[part]), part, loader)
+            _check_folder(resolve(card[part]), part, FOLDERS[part])
         except ModelFolderError as error:
             problems.append(Problem(part, str(error)))
     for part in (*MANIFESTS, "test_questions"):
@@ -80,8 +82,8 @@ def _read_card(path) -> dict:
     missing = [key for key in CARD_KEYS if not card.get(key)]
     if missing:
         raise ConfigError(f"{path}: lacks {', '.join(missing)}; a card names {names}")
-    for key in CARD_KEYS:
-        if not isinstance(card[key], str):
+    for key in (*CARD_KEYS, "pair_dir"):
+        if not isinstance(card.get(key, ""), str):
             raise ConfigError(f"{path}: {key} = {card[key]!r:.60} must be a path in quotes")
     return card
 
