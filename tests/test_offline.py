@@ -1,12 +1,16 @@
 """After installation nothing needs the network: a model is built, saved, loaded and asked."""
 
+import json
 import socket
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import save_file
+from test_convert import CONFIG, make_weights
 
 from tlv.ask import answer
 from tlv.builders import load_model
+from tlv.convert import convert
 
 LOCAL = ("127.0.0.1", "::1", "localhost", None, "")
 
@@ -51,3 +55,28 @@ def test_a_model_is_built_saved_loaded_and_asked_without_the_network(
         with pytest.raises(OSError, match="forbids"):
             socket.create_connection((name, 80), timeout=1)
     assert attempts == ["example.org", "192.0.2.1"]
+
+
+def test_a_mixture_with_a_qformer_is_built_and_loaded_without_the_network(
+    attempts, build_tiny, vision_dir, clip_frames, tmp_path
+):
+    """Upstream's Q-Former asks the Hub for BERT's config whenever it is built."""
+    for part in build_tiny(second_vision_dir=vision_dir, connector_type="qformer",
+                           connector_width=32):
+        part.save_pretrained(tmp_path)
+    model, processor = load_model(tmp_path)
+    assert isinstance(answer(model, processor, clip_frames(), "Where?", 4), str)
+    assert not attempts
+
+
+def test_a_published_checkpoint_is_converted_without_the_network(
+    attempts, tokenizer, clip_frames, tmp_path
+):
+    """Its config names repositories of the Hub, which upstream asks."""
+    tokenizer.save_pretrained(tmp_path / "published")
+    (tmp_path / "published/config.json").write_text(json.dumps(CONFIG))
+    save_file(make_weights(), tmp_path / "published/model.safetensors")
+    convert(tmp_path / "published", tmp_path / "out")
+    model, processor = load_model(tmp_path / "out")
+    assert isinstance(answer(model, processor, clip_frames(), "Where?", 4), str)
+    assert not attempts

@@ -1,7 +1,8 @@
 """The whole model again, from its saved weights alone: pixels to loss in matrix products.
 
 Nothing of tlv or transformers computes here; a difference anywhere on the way (feature layer,
-groups, positions, order of the fusion, mask, shift of the labels) shows in the loss.
+groups, positions, order of the fusion, mask, shift of the labels) shows in the loss. So for Qwen2
+and Phi, and for the two connectors that no golden number is known of.
 """
 
 import math
@@ -10,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import PhiConfig, PhiForCausalLM
 
 from tlv import chat
+from tlv.builders import build_model
+from tlv.connectors import build_connector
 
 HEADS = dict(vision=2, connector=2, llm=4, llm_kv=2)  # of the small model in conftest.py
 PATCH, GROUPS = 8, 4
@@ -74,20 +78,64 @@ def resample(w, features):
     return y + table
 
 
-def read(w, x):
-    """Qwen2: embeddings (L, D) -> logits (L, V)."""
+def read_bench(w, x, heads, num_layers):
+    """TinyLLaVABench's resampler: features (S, D_v) -> (Q, D). Keys are the patches' alone."""
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    z = w["latents"]
+    for i in range(num_layers):
+        at = f"layers.{i}."
+        n, m = norm(z, at + "0.norm_latents"), norm(x, at + "0.norm_media")
+        k, v = (m @ w[at + "0.to_kv.weight"].T).chunk(2, -1)
+        y = attend(n @ w[at + "0.to_q.weight"].T, k, v, heads)
+        z = z + y @ w[at + "0.to_out.weight"].T
+        y = F.gelu(norm(z, at + "1.0") @ w[at + "1.1.weight"].T)
+        z = z + y @ w[at + "1.3.weight"].T
+    return norm(z, "norm") @ w["out.weight"].T
+
+
+def read_qformer(w, x, heads, num_layers):
+    """BERT's layers, each normed after its sum; every second one, from 0 on, reads the patches."""
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def add(x, y, at):
+        y = x + linear(y, at + ".dense")
+        return F.layer_norm(y, y.shape[-1:], w[f"{at}.LayerNorm.weight"],
+                            w[f"{at}.LayerNorm.bias"], 1e-12)  # fmt: skip
+
+    def look(z, media, at):
+        q = linear(z, at + ".attention.query")
+        k, v = (linear(media, f"{at}.attention.{name}") for name in ("key", "value"))
+        return add(z, attend(q, k, v, heads), at + ".output")
+
+    z = F.layer_norm(w["latents"], w["latents"].shape[-1:], eps=1e-12)
+    for i in range(num_layers):
+        at = f"bert.layer.{i}."
+        z = look(z, z, at + "attention")
+        if i % 2 == 0:
+            z = look(z, x, at + "crossattention")
+        z = add(z, F.gelu(linear(z, at + "intermediate_query.dense")), at + "output_query")
+    return linear(z, "out")
+
+
+def turn(x):
+    """Rotary positions (L, h, d): halves of each head, base 10,000."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(len(x))[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    sin, cos = angle.sin()[:, None], angle.cos()[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def read_qwen2(w, x):
+    """Embeddings (L, D) -> logits (L, V)."""
 
     def norm(x, name):
         return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * w[f"{name}.weight"]
-
-    def turn(x, heads):
-        """Rotary positions: halves of each head, base 10,000."""
-        x = x.unflatten(-1, (heads, -1))  # (L, h, d)
-        half = x.shape[-1] // 2
-        angle = torch.arange(len(x))[:, None] * 10_000.0 ** (-torch.arange(half) / half)
-        sin, cos = angle.sin()[:, None], angle.cos()[:, None]
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     mask = torch.full((len(x), len(x)), -torch.inf).triu(1)
     share = HEADS["llm"] // HEADS["llm_kv"]
@@ -96,7 +144,8 @@ def read(w, x):
         y = norm(x, at + "input_layernorm")
         q, k, v = (y @ w[f"{at}self_attn.{n}_proj.weight"].T + w[f"{at}self_attn.{n}_proj.bias"]
                    for n in "qkv")  # fmt: skip
-        q, k = turn(q, HEADS["llm"]), turn(k, HEADS["llm_kv"])
+        q, k = (turn(t.unflatten(-1, (h, -1)))
+                for t, h in ((q, HEADS["llm"]), (k, HEADS["llm_kv"])))  # fmt: skip
         k, v = (t.repeat_interleave(share, 1).flatten(1)
                 for t in (k, v.unflatten(-1, (HEADS["llm_kv"], -1))))  # fmt: skip
         y = attend(q.flatten(1), k, v, HEADS["llm"], mask)
@@ -107,14 +156,95 @@ def read(w, x):
     return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_pixels_to_loss_by_matrix_products_alone(tiny, model_dir, clip_frames, seed):
-    model, processor = tiny
-    state = load_file(model_dir / "model.safetensors")
-    vision, connector, llm = (
+def read_phi(w, x):
+    """Embeddings (L, D) -> logits (L, V): both branches read the same norm, the head has a bias."""
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    mask = torch.full((len(x), len(x)), -torch.inf).triu(1)
+    for i in range(2):
+        at = f"model.layers.{i}."
+        y = norm(x, at + "input_layernorm")
+        q, k, v = (linear(y, f"{at}self_attn.{n}_proj") for n in "qkv")
+        q, k = (t.unflatten(-1, (HEADS["llm"], -1)) for t in (q, k))  # (L, h, d)
+        q, k = (torch.cat([turn(t[..., :4]), t[..., 4:]], -1).flatten(1) for t in (q, k))  # of 8
+        z = linear(attend(q, k, v, HEADS["llm"], mask), at + "self_attn.dense")
+        y = F.gelu(linear(y, at + "mlp.fc1"), approximate="tanh")
+        x = x + z + linear(y, at + "mlp.fc2")
+    return linear(norm(x, "model.final_layernorm"), "lm_head")
+
+
+def shake(module):
+    """Every weight off its first value: no bias is 0, no norm's weight 1."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return module.eval()
+
+
+def parts_of(folder):
+    """The saved weights of encoder, connector and LLM."""
+    state = load_file(folder / "model.safetensors")
+    return (
         {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
         for part in ("vision_encoder.", "connector.", "language_model.")
     )
+
+
+@pytest.mark.parametrize("name, read", [("bench_resampler", read_bench), ("qformer", read_qformer)])
+@torch.no_grad()
+def test_connectors_without_golden_numbers(name, read):
+    torch.manual_seed(0)
+    connector = shake(build_connector(name, vision_width=24, llm_width=40, num_queries=5,
+                                      num_groups=1, num_layers=3, num_heads=4, width=32))
+    x, w = torch.randn(2, 7, 24), connector.state_dict()
+    y = connector(x)
+    for row in range(2):
+        assert torch.allclose(y[row], read(w, x[row], 4, 3), atol=1e-5)
+
+
+@pytest.fixture
+def phi_dir(tmp_path, tokenizer):
+    """A PhiForCausalLM folder: width 32, 2 layers, half of each head turned, a head with a bias."""
+    torch.manual_seed(3)
+    config = PhiConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, partial_rotary_factor=0.5, max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    shake(PhiForCausalLM(config)).save_pretrained(tmp_path / "phi")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    return tmp_path / "phi"
+
+
+def test_pixels_to_logits_of_phi(vision_dir, phi_dir, clip_frames, tmp_path):
+    built = build_model(vision_dir, phi_dir, template="phi", num_queries=8, num_groups=GROUPS,
+                        num_resampler_layers=1, resampler_heads=2, resampler_head_dim=8,
+                        num_frames=4)  # fmt: skip
+    for part in built:
+        part.save_pretrained(tmp_path / "whole")
+    model, processor = built
+    vision, connector, llm = parts_of(tmp_path / "whole")
+    pixels = processor.process_frames(clip_frames(4))  # (T, C, H, W)
+    row = chat.encode([("<video>\nWhere?", "In a park.")], "phi", processor.tokenizer, 8)
+    ids = torch.tensor(row["input_ids"])
+    x = llm["model.embed_tokens.weight"][ids]  # (L, D)
+    tokens = resample(connector, encode(vision, pixels).flatten(0, 1))  # (Q, D)
+    x[ids == model.config.video_token_id] = tokens
+    with torch.no_grad():
+        logits = model(input_ids=ids[None], pixel_values_videos=pixels[None]).logits[0]
+    assert llm["lm_head.bias"].abs().max() > 0.1
+    assert torch.allclose(logits, read_phi(llm, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pixels_to_loss_by_matrix_products_alone(tiny, model_dir, clip_frames, seed):
+    model, processor = tiny
+    vision, connector, llm = parts_of(model_dir)
     pixels = processor.process_frames(clip_frames(4, seed))  # (T, C, H, W)
     turns = [("<video>\nWhat is he doing?", "Running."), ("Where?", "In a park.")]
     row = chat.encode(turns, "qwen2_base", processor.tokenizer, 8)
@@ -123,7 +253,7 @@ def test_pixels_to_loss_by_matrix_products_alone(tiny, model_dir, clip_frames, s
     tokens = resample(connector, encode(vision, pixels).flatten(0, 1))  # (Q, D)
     x = llm["model.embed_tokens.weight"][ids]  # (L, D)
     x[ids == model.config.video_token_id] = tokens
-    logits = read(llm, x)  # (L, V)
+    logits = read_qwen2(llm, x)  # (L, V)
     asked = labels[1:] != chat.IGNORE_INDEX
     loss = F.cross_entropy(logits[:-1][asked], labels[1:][asked])
 

@@ -74,10 +74,54 @@ def test_the_schedule_reaches_its_peak_and_ends_near_zero():
     assert learning_rate(0, 1, 0, 1.0) == 1.0  # one step, no warm-up
 
 
-# ---- census ---------------------------------------------------------------------------------
+# ---- published numbers ----------------------------------------------------------------------
 
 STAGES = [(recipe, stage) for recipe, stages in RECIPES.items() for stage in stages]
 PATHS = dict(model_dir="m", data="d", videos_dir="v", out_dir="o", num_steps=1)
+ALIGN, TUNE, ADAPT = (1e-3, None, None), (2e-5, 2e-5, None), (2e-4, 2e-4, None)
+NUMBERS = {  # (recipe, stage): peak rates of connector, LLM and encoder; with adapters; in few bits
+    # TinyLLaVA section 3; TinyLLaVA Factory's pretrain.sh, finetune.sh and share/
+    ("base", "pretrain"): (ALIGN, (), None),
+    ("base", "sft"): (TUNE, (), None),
+    ("share", "pretrain"): (ALIGN, (), None),
+    ("share", "pretrain_share"): ((2e-5, 2e-5, 2e-5), (), None),
+    ("share", "sft"): (TUNE, (), None),
+    ("share_frozen", "pretrain"): (ALIGN, (), None),
+    ("share_frozen", "pretrain_share"): (TUNE, (), None),
+    ("share_frozen", "sft"): (TUNE, (), None),
+    # Factory's lora/finetune_lora.sh and lora/finetune_qlora.sh
+    ("lora", "pretrain"): (ALIGN, (), None),
+    ("lora", "sft"): (ADAPT, ("llm",), None),
+    ("lora_vision", "pretrain"): (ALIGN, (), None),
+    ("lora_vision", "sft"): ((2e-4, 2e-4, 2e-4), ("llm", "vision"), None),
+    ("qlora", "pretrain"): (ALIGN, (), None),
+    ("qlora", "sft"): (ADAPT, ("llm",), "int8"),
+    ("qlora_nf4", "pretrain"): (ALIGN, (), None),
+    ("qlora_nf4", "sft"): (ADAPT, ("llm",), "nf4"),
+    # TinyLLaVA-Video's scripts/train/qwen2
+    ("video", "pretrain"): ((1e-4, None, None), (), None),
+    ("video", "sft"): (TUNE, (), None),
+}
+
+
+def test_every_recipe_and_stage_has_its_published_numbers():
+    assert list(NUMBERS) == STAGES
+
+
+@pytest.mark.parametrize("recipe, stage", NUMBERS)
+def test_the_published_numbers(recipe, stage):
+    """Typed out from papers and scripts. Batches and epochs: params/, tests/test_paper_preset.py"""
+    rates, adapted, bits = NUMBERS[recipe, stage]
+    config = build(TrainConfig, PATHS | published(recipe, stage))
+    assert (config.lr_connector, config.lr_llm, config.lr_vision) == rates
+    assert (config.lora, config.quantize) == (adapted, bits)
+    assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (128, 256.0, 0.05)
+    assert (config.optimizer, config.warmup_ratio, config.weight_decay) == ("adamw", 0.03, 0.0)
+    assert config.max_grad_norm is None  # DeepSpeed's files name none
+
+
+# ---- census ---------------------------------------------------------------------------------
+
 QWEN, ADAPTERS = 3_085_938_688, 36 * 128 * (2 * 2048 + 2 * (2048 + 256) + 2 * 2048
                                             + 3 * (2048 + 11_008))  # fmt: skip
 # of the encoder, layers 12 to 25 of 0 to 26: the last one is not seen
