@@ -22,8 +22,8 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
 )
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -88,7 +88,7 @@ CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% 
 
 @pytest.fixture(scope="module")
 def other_parts(tmp_path_factory):
-    """Random folders that look like published ones: CLIP, DINOv2, a Llama with its own template."""
+    """Random folders that look like published ones: CLIP, DINOv2, a Gemma with its own template."""
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("parts")
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
@@ -103,9 +103,9 @@ def other_parts(tmp_path_factory):
     tokenizer = make_tokenizer(["A red circle moves to the left."], special, True)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(out / "llm")
-    LlamaForCausalLM(LlamaConfig(
+    GemmaForCausalLM(GemmaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
         bos_token_id=1, eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
     )).save_pretrained(out / "llm")  # fmt: skip
     return out

@@ -2,7 +2,7 @@
 
 `make report` gathers it in notebooks/measured.json, so that no notebook reads the outputs of a real
 run. Cells that use it are tagged `measured`: no stage's result depends on another run's.
-Taught in notebooks 02 to 06.
+Taught in notebooks 00 and 02 to 06.
 """
 
 import json
@@ -23,6 +23,7 @@ FORMS = {
 SHOWN = (  # below outputs/
     *(f"{preset}/{stage}/metrics.json" for preset in MODELS.values()
       for stage in ("02_architecture", "03_pretraining", "04_sft")),
+    "tiny/00_toy_world/metrics.json",
     "tiny/05_evaluation/metrics.json",
     "tiny/06_long_video/scaling.json",
     "tiny/long/06_long_video/metrics.json",
