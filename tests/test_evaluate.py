@@ -204,3 +204,15 @@ def test_each_clip_is_decoded_once(tiny, clips, monkeypatch):
     asked = [question(str(i), video=v) for i, v in enumerate(["a.mp4", "b.mp4"] * 3)]
     answering.generate_answers(model, processor, asked, clips, batch_size=2, max_new_tokens=1)
     assert decoded == {"a.mp4": 1, "b.mp4": 1}
+
+
+def test_what_is_asked_alike_is_asked_once(tiny, clips, monkeypatch):
+    model, processor = tiny
+    asked = [question(text, video=v) for text, v in
+             [("a", None), ("b", "a.mp4"), ("a", None), ("a", "a.mp4"), ("b", "a.mp4")]]  # fmt: skip
+    put, generate = [], answering._generate
+    monkeypatch.setattr(answering, "_generate", lambda m, p, rows, n: put.extend(
+        (text, clip is None) for text, clip in rows) or generate(m, p, rows, n))  # fmt: skip
+    said = answering.generate_answers(model, processor, asked, clips, max_new_tokens=4)
+    assert sorted(put) == [("a", False), ("a", True), ("b", False)]
+    assert said[0] == said[2] != said[3] and said[1] == said[4]

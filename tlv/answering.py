@@ -78,7 +78,10 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
     def sample(name):
         return processor.sample(Path(videos_dir) / name, timeout_s).frames
 
-    order = sorted(range(len(questions)), key=place)
+    first: dict = {}  # of questions asked alike, such as blind ones, only the first is put
+    for i, question in enumerate(questions):
+        first.setdefault((question["video"], question["question"]), i)
+    order = sorted(first.values(), key=place)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: dict[int, Answer] = {}
     clips: dict = {}
@@ -96,7 +99,7 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
             answers = _generate(model, processor, rows, max_new_tokens)
             found |= dict(zip(good, answers, strict=True))
     model.train(is_training)
-    return [found[i] for i in range(len(questions))]
+    return [found[first[question["video"], question["question"]]] for question in questions]
 
 
 def _answer_long(model, processor, questions, videos_dir, max_new_tokens, progress):
