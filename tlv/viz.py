@@ -322,7 +322,8 @@ def heatmap(values, title="", xlabel="", ylabel="", label="", xticks=None, ytick
     values = np.asarray(values, dtype=float)
     rows, columns = values.shape
     width = float(np.clip(0.3 * columns, 3.5, 8))
-    fig, ax = _figure(width + 1.4, float(np.clip(width * rows / columns, 1.6, 6)) + 0.9)
+    height = float(np.clip(width * rows / columns, 1.6, 6)) if texts is None else 0.45 * rows
+    fig, ax = _figure(width + 1.4, height + 0.9)
     image = ax.imshow(values, cmap=SEQUENTIAL, aspect="auto", vmin=limits[0], vmax=limits[1])
     for row, column in np.ndindex(values.shape if texts is not None else (0, 0)):
         ink = "white" if image.norm(values[row, column]) < 0.5 else INK
@@ -334,7 +335,8 @@ def heatmap(values, title="", xlabel="", ylabel="", label="", xticks=None, ytick
     if yticks is not None:
         ax.set_yticks(range(rows), yticks)
     fig.colorbar(image, ax=ax, label=label)
-    _title(ax, title)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return fig
 
 
