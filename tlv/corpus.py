@@ -18,11 +18,11 @@ PHRASES = (  # the shortest captions
 
 
 LESSONS = (  # until which share of the training: what is taught, and how often
-    (0.09, {"letters": 1.0}),
-    (0.20, {"letters": 0.25, "frame": 0.75}),
-    (0.285, {"letters": 0.25, "motion": 0.75}),
-    (0.415, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
-    (0.58, {"frame": 0.15, "motion": 0.15, "events": 0.05, "events of three": 0.15,
+    (0.12, {"letters": 1.0}),
+    (0.22, {"letters": 0.25, "frame": 0.75}),
+    (0.30, {"letters": 0.25, "motion": 0.75}),
+    (0.42, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
+    (0.57, {"frame": 0.15, "motion": 0.15, "events": 0.05, "events of three": 0.15,
             "one thing": 0.5}),
     (1.00, {"frame": 0.12, "motion": 0.12, "events": 0.06, "events of three": 0.14, "all": 0.56}),
 )
