@@ -31,13 +31,13 @@ long: venv ## notebook 06 on the whole grid: all selections and mergings, clips 
 	python -m tlv.stage run 06_long_video --preset tiny/long
 
 lab: venv ## open the notebooks in JupyterLab
-	jupyter lab --notebook-dir=notebooks
+	jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 notebooks: venv ## run every notebook at smoke scale and store its outputs and costs in place
 	python -m tlv.notebooks refresh
 
-book: venv ## render the notebooks as web pages in outputs/scratch/book/
-	jupyter nbconvert --to html --output-dir outputs/scratch/book notebooks/*.ipynb
+book: venv ## render the notebooks as web pages in book/
+	jupyter nbconvert --to html --output-dir book notebooks/*.ipynb
 
 bench: venv ## run every stage again, whether it changed or not, and print what each cost
 	dvc repro --force
@@ -54,5 +54,5 @@ lint: venv ## check the code's style
 	ruff check .
 
 clean: ## delete scratch files and unfinished runs; keeps .venv, results and the DVC cache
-	rm -rf outputs/scratch outputs/.resume outputs/.code outputs/.embeddings .pytest_cache .ruff_cache
+	rm -rf book outputs/scratch outputs/.resume outputs/.code outputs/.embeddings .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
