@@ -69,7 +69,9 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     assert "120 questions on clips of 500 to 10,000 frames; chance 25.0%." in text
     assert text.startswith("a\n") and "\nb\n" in text
     shown = json.loads((tmp_path / committed.PATH).read_text())
-    assert list(shown) == ["tiny/long/06_long_video/metrics.json"]  # of the runs that are shown
+    runs = ["05_evaluation", "long/06_long_video"]  # of those that are shown
+    assert list(shown) == [f"tiny/{run}/metrics.json" for run in runs]
+    assert shown["tiny/05_evaluation/metrics.json"] == metrics
     assert shown["tiny/long/06_long_video/metrics.json"] == long
 
 
