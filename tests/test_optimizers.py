@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tlv.lora import add_adapters
-from tlv.optimizers import new_optimizer, split_matrices
+from tlv.optimizers import Muon, new_optimizer, split_matrices
 from tlv.recipes import parameter_groups, set_trainable
 
 RATES = {"connector": 1e-3, "llm": 1e-4, "vision": None}
@@ -42,7 +42,7 @@ def test_muon_takes_the_matrices_of_layers_and_adamw_all_else(model):
     members = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(members) == len(trained) and {*map(id, members)} == {*map(id, trained)}
-    muon = [group for group in optimizer.param_groups if "ns_steps" in group]
+    muon = [group for group in optimizer.param_groups if "momentum" in group]
     assert {(g["part"], g["peak"], g["weight_decay"]) for g in muon} == {
         ("connector", 1e-3, 0.1), ("llm", 1e-4, 0.1)}  # fmt: skip
 
@@ -65,6 +65,29 @@ def test_a_step_is_as_long_as_one_of_adamw_in_every_direction(model):
             assert 0.5 < values.min() / unit <= values.max() / unit < 1.3, name
         else:
             assert moved.any(), name
+
+
+def test_steps_are_those_of_torch_but_for_its_bfloat16():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 24), (24, 8), (8, 8))]
+                    for _ in range(2))  # fmt: skip
+    optimizers = (Muon(ours, lr=0.1, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1,
+                                   adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+    for _ in range(3):
+        for p, other in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            other.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, other, rtol=0, atol=0.01)
+        assert (p - 1).abs().max() > 0.1
+
+
+def test_vectors_are_no_matrices():
+    with pytest.raises(ValueError, match=r"for matrices; \[3\] is"):
+        Muon([torch.nn.Parameter(torch.ones(3))])
 
 
 def test_its_state_goes_on_from_a_file(model, tmp_path):

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,9 +22,12 @@ from toy_manifest import make_sample, make_world
 
 from tlv import ROOT, checkpoint, processor, train
 from tlv.bad_samples import TooManyBadSamples
+from tlv.builders import load_model
 from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict
+from tlv.connectors import CONNECTORS
 from tlv.launch import LaunchError, environment, launch
 from tlv.runlog import RunLog, read_log
+from tlv.templates import render
 
 pytestmark = pytest.mark.slow
 
@@ -405,10 +409,15 @@ def test_a_second_run_of_a_live_stage_is_refused(configure):
 # ---- the launcher ---------------------------------------------------------------------------
 
 
-def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch):
+def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch, tmp_path):
+    """With the progress shown, and without a compiler: nothing is built."""
     config = configure(num_steps=2, val_every=None)
     monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    for compiler in ("CC", "CXX"):
+        monkeypatch.setenv(compiler, "/nonexistent")
     path = launch(config)
+    assert not (tmp_path / "built").exists()
     shown = capsys.readouterr().err
     assert path == Path(config.out_dir) / "checkpoint" and (path / "config.json").is_file()
     assert "starting clean" in shown and "samples/s" in shown and "8/8" in shown
@@ -420,7 +429,9 @@ def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch):
 
 
 def test_deepspeeds_launcher_starts_two_ranks_that_equal_one(configure):
-    one, two = configure("one"), configure("two", grad_accum_steps=1, cache_features=True)
+    # With Muon, whose work the ranks share.
+    one = configure("one", optimizer="muon")
+    two = configure("two", optimizer="muon", grad_accum_steps=1, cache_features=True)
     launch(two, LaunchConfig(num_ranks=2, launcher="deepspeed"))
     assert losses(read_log(Path(two.out_dir) / "log.jsonl")) == close(run(one), 1e-5)
     assert json.loads((Path(two.out_dir) / "report.json").read_text())["num_ranks"] == 2
@@ -435,6 +446,46 @@ def test_tensorboard_is_an_extra(tmp_path):
         log.add({"step": 1, "loss": 2.0})
         log.close()
         assert list((tmp_path / "tensorboard").iterdir())
+
+
+# ---- a connector of one's own ---------------------------------------------------------------
+
+
+class Squares(torch.nn.Module):
+    """One token for the four patches of a frame, by one matrix."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.linear = torch.nn.Linear(4 * sizes["vision_width"], sizes["llm_width"])
+
+    def forward(self, x, lengths=None):
+        return self.linear(x.unflatten(1, (-1, 4)).flatten(2))
+
+    def num_tokens(self, num_patches):
+        return num_patches // 4
+
+
+def test_a_connector_of_ones_own_is_asked_saved_loaded_and_trained(
+    configure, build_tiny, clip_frames, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(CONNECTORS, "mine", Squares)
+    model, asker = build_tiny(connector_type="mine")
+    assert asker.num_tokens(4) == 4 and asker.num_tokens(7) == 7  # a frame has four patches
+    for part in (model, asker):
+        part.save_pretrained(tmp_path / "mine")
+    batch = asker(text=[render([("<video>\nWhere?", None)], "qwen2_base")], videos=[clip_frames()])
+    assert (batch["input_ids"] == model.config.video_token_id).sum() == 4
+    with torch.no_grad():
+        loaded = load_model(tmp_path / "mine")[0](**batch).logits
+        assert torch.equal(loaded, model(**batch).logits)
+    config = configure(model_dir=str(tmp_path / "mine"), num_steps=2, trainable=("connector",),
+                       lr_llm=None)  # fmt: skip
+    assert all(math.isfinite(loss) for loss in losses(run(config)))
+    before, after = (load_file(Path(folder) / "model.safetensors")
+                     for folder in (tmp_path / "mine", Path(config.out_dir) / "checkpoint"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"connector.linear.weight", "connector.linear.bias"}
+    assert load_model(Path(config.out_dir) / "checkpoint")[0].config.connector_type == "mine"
 
 
 # ---- a connector that chooses frames --------------------------------------------------------

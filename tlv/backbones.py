@@ -26,7 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from tlv import chat, corpus, questions, templates, world
 from tlv.background import Background
 from tlv.isolation import isolate, pad_rows
-from tlv.optimizers import split_matrices
+from tlv.optimizers import Muon, split_matrices
 
 LOG = logging.getLogger(__name__)
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -35,7 +35,7 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
-ALONE_FROM = 0.68  # share of the LLM's steps after which the encoder was seen to be done
+ALONE_FROM = 0.58  # share of the LLM's steps after which the encoder was seen to be done
 ROWS_TOGETHER = 4  # texts of like length, of 16, that the LLM reads in one pass: less padding
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
@@ -294,9 +294,7 @@ def _steps(model, num_steps, hold: float = 0.0):
     """
     matrices, others = split_matrices(model)
     optimizers = {
-        torch.optim.Muon(
-            matrices, lr=MUON_LR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ): MUON_LR,
+        Muon(matrices, lr=MUON_LR, weight_decay=0.01): MUON_LR,
         torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.98), weight_decay=0.01): ADAMW_LR,
     }
     warmup = max(1, num_steps // 20)

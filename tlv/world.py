@@ -187,8 +187,10 @@ def _draw_number(rng, shares) -> int:
 def _draw(rng, pairs, must_have, sizes, event_share) -> Scene:
     num_frames = int(rng.integers(MIN_SECONDS * FPS, MAX_SECONDS * FPS + 1))
     chosen = [must_have[rng.integers(len(must_have))]] if must_have else []
-    for index in rng.permutation(len(pairs)):
-        if len(chosen) < len(sizes) and pairs[index][0] not in {colour for colour, _ in chosen}:
+    for index in rng.permutation(len(pairs)).tolist():
+        if len(chosen) == len(sizes):
+            break
+        if all(pairs[index][0] != colour for colour, _ in chosen):
             chosen.append(pairs[index])
     things = []
     for size, index in zip(sizes, rng.permutation(len(chosen)), strict=True):
