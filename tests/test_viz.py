@@ -1,10 +1,12 @@
 """Figures: the same bytes every time, of modest size, true to their numbers."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
 
 from tlv import viz
+from tlv.viz import strips
 
 TOKENS = ["USER", ":", *["<video>"] * 64, "\n", " Colour", "?", " red", ".", "<|endoftext|>"]
 SUPERVISED = [t in (" red", ".", "<|endoftext|>") for t in TOKENS]
@@ -38,7 +40,7 @@ def test_figure_is_deterministic_small_and_not_kept(name, tmp_path):
     first, second = tmp_path / "a" / "1.png", tmp_path / "a" / "2.png"
     fig = viz.save(FIGURES[name](), first)
     viz.save(FIGURES[name](), second)
-    assert fig.axes and viz.plt.get_fignums() == []  # a notebook cell shows it once
+    assert fig.axes and plt.get_fignums() == []  # a notebook cell shows it once
     assert first.read_bytes() == second.read_bytes()
     assert len(list(first.parent.iterdir())) == 2  # no drafts left
     assert first.stat().st_size < 60_000
@@ -63,7 +65,7 @@ def test_frame_strip_shows_every_time():
 
 
 def test_token_tiles_merge_the_video_and_colour_the_answers():
-    tiles = viz._tiles(TOKENS, SUPERVISED)
+    tiles = strips._tiles(TOKENS, SUPERVISED)
     assert ("<video> x 64", "video") in tiles and len(tiles) == len(TOKENS) - 63
     assert [text for text, kind in tiles if kind == "answer"] == ["␣red", ".", "<|endoftext|>"]
 
