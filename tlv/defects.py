@@ -78,8 +78,8 @@ def malform(sample: dict, rng: np.random.Generator) -> dict:
     elif way == 3:  # roles that no template knows
         for turn in turns:
             turn["from"] = {"human": "Q", "gpt": "A"}[turn["from"]]
-    else:  # two placeholders for one video
-        turns[0]["value"] = "<video>\n" + turns[0]["value"]
+    else:  # a second placeholder, in an answer
+        turns[-1]["value"] = "<video>\n" + turns[-1]["value"]
     return sample
 
 
