@@ -47,12 +47,10 @@ def find_layout(source: Path) -> str:
         raise ModelFolderError(f"{source}: no config.json in it; a published TinyLLaVA or "
                                "TinyLLaVA-Video folder is wanted")
     raw = load_json(source / "config.json")
-    if (source / "adapter_config.json").is_file():
-        return "lora"
-    if all((source / part).is_dir() for part in PARTS):
-        return "parts"
     if raw.get("model_type") == "tinyllava":
-        return "flat"
+        if (source / "adapter_config.json").is_file():
+            return "lora"
+        return "parts" if all((source / part).is_dir() for part in PARTS) else "flat"
     if set(raw.get("architectures") or []) & set(LEGACY_LLMS):
         return "legacy"
     raise ModelFolderError(

@@ -107,7 +107,13 @@ def check_mixture(config: MixtureConfig) -> None:
     for part in config.parts:
         with torch.device("meta"):
             pixels = torch.zeros(1, part.num_channels, size, size)
-            counts.append(encode_frames(AutoModel.from_config(part), pixels).shape[1])
+            try:
+                counts.append(encode_frames(AutoModel.from_config(part), pixels).shape[1])
+            except (ValueError, RuntimeError) as error:  # its positions are for another size
+                raise ModelFolderError(
+                    f"second_vision_dir: made for pictures of {part.image_size} pixels, but those "
+                    f"of vision_dir have {size}; take an encoder of that size, or DINOv2"
+                ) from error
     if counts[0] != counts[1]:
         patches = config.first_config.patch_size, config.second_config.patch_size
         raise ModelFolderError(
