@@ -14,7 +14,7 @@ import torch
 from clone import make_clone
 from nbformat import from_dict
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from papermill import execute_notebook
+from papermill import PapermillExecutionError, execute_notebook
 from PIL import Image
 from toy_tokenizer import make_tokenizer
 from transformers import (
@@ -30,9 +30,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from tlv import ROOT, notebooks, smoke
 from tlv.builders import load_model
+from tlv.config import load_json
 from tlv.files import write_json
 from tlv.notebook_style import lint
-from tlv.toy_data import read_card
+from tlv.toy_data import make_world, read_card
 
 MANY = pytest.mark.skipif("TLV_ALL_TESTS" not in os.environ,
                           reason="a minute each; TLV_ALL_TESTS=1 runs them")  # fmt: skip
@@ -139,6 +140,49 @@ def test_other_encoders_and_llms_go_through_the_notebooks(encoder, changes, othe
     assert report["trained_parameters"]["vision"] > 0
     assert json.loads((tmp_path / NAMES[5] / "metrics.json").read_text())["num_questions"] > 0
     assert load_model(tmp_path / "04_sft/checkpoint")[0].config.template["stop"] == "</s>"
+
+
+@pytest.fixture
+def own_card(other_parts, pair_dir, tmp_path):
+    """A card of a reader's own: a few clips without a truth, an encoder that reads no text; among
+    the validation samples one of text alone and one with a picture."""
+    clips = tmp_path / "clips"
+    card = read_card(make_world(clips, seed=1, num_train=16, num_val=2, num_test=2,
+                                defect_share=0.0).parent)  # fmt: skip
+    planted = load_json(card["truth"])["defects"]
+    for name in ("raw_captions", "raw_qa"):
+        write_json(card[name], [s for s in load_json(card[name]) if s["id"] not in planted])
+    Image.new("RGB", (64, 64), "red").save(card["videos_dir"] / "red.png")
+    text, picture = load_json(card["val_qa"])
+    del text["video"]
+    text["conversations"][0]["value"] = "What is red and blue?"
+    picture |= {"image": picture.pop("video") and "red.png"}
+    write_json(card["val_qa"], [text, picture])
+    card |= {"vision_dir": other_parts / "dinov2", "pair_dir": pair_dir,
+             "llm_dir": other_parts / "llm"}  # fmt: skip
+    card = {key: str(path) for key, path in card.items()} | {"truth": None}
+    write_json(tmp_path / "own.json", card)
+    return tmp_path / "own.json"
+
+
+def run(name, out_dir, **given):
+    given |= {"out_dir": str(out_dir)}
+    execute_notebook(notebooks.FOLDER / f"{name}.ipynb", f"{out_dir}.ipynb", given, cwd=str(ROOT),
+                     progress_bar=False)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_card_of_own_data_goes_through_the_first_notebooks(own_card, tmp_path):
+    card = load_json(own_card)
+    write_json(own_card, card | {"llm_dir": str(tmp_path / "nowhere")})
+    with pytest.raises(PapermillExecutionError, match="llm_dir = .*nowhere: no such folder"):
+        run(NAMES[0], tmp_path / "00", data_card=str(own_card))
+    write_json(own_card, card)
+    run(NAMES[0], tmp_path / "00", data_card=str(own_card))
+    text = (tmp_path / "00.ipynb").read_text()
+    assert "Dinov2Model" in text and "its text tower " not in text
+    run(NAMES[1], tmp_path / "01", world_dir=str(tmp_path / "00/world"))
+    assert load_json(tmp_path / "01/metrics.json")["num_kept/captions"] > 0
 
 
 @pytest.mark.slow
@@ -257,6 +301,8 @@ def change_last(**values):
     (replace("print(2)", "class A: pass"), "a class"),
     (replace("print(2)", "import matplotlib.pyplot as plt"), "this import"),
     (replace("print(2)", "x = y.to('cuda')"), "a fixed device"),
+    (replace("print(2)", "torch.cuda.empty_cache()"), "a fixed device"),
+    (replace("print(2)", "open('outputs/tiny/x')"), "outputs/tiny: the defaults are the smoke"),
     (replace("add. Cost", "add. Price"), "exercise 1 does not say its cost"),
     (replace("we predict", "we hope"), "no exercise predicts"),
     (replace("3. Open", "Open"), "2 exercises"),

@@ -24,7 +24,9 @@ NOT_IN_CODE = {
     r"^\s*class \w": "a class: its home is tlv",
     r"os\.chdir": "os.chdir: paths start at tlv.ROOT",
     r"^\s*(import|from) (matplotlib|seaborn|subprocess)": "this import: use tlv.viz or tlv.launch",
-    r"\.cuda\(\)|[\"']cuda[\"']": "a fixed device: take it from a parameter",
+    r"\.cuda\(\)|[\"']cuda[\"']|torch\.cuda": "a fixed device: take it from a parameter, or use "
+                                            "torch.accelerator",
+    r"outputs/tiny": "outputs/tiny: the defaults are the smoke run, in outputs/scratch",
 }
 
 
@@ -110,8 +112,6 @@ def _parameters(code, number) -> list[str]:
         found.append(f"{len(values)} parameters, at most {limit}")
     if "seed" not in values or not str(values.get("out_dir", "")).startswith("outputs/scratch/"):
         found.append("parameters must hold `seed` and an `out_dir` below outputs/scratch/")
-    if any(isinstance(v, str) and "outputs/tiny" in v for v in values.values()):
-        found.append("a default parameter points at outputs/tiny: defaults are the smoke run")
     return found
 
 
