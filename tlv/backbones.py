@@ -7,6 +7,7 @@ like `google/siglip-so400m-patch14-384` and `Qwen/Qwen2.5-3B`: by a path. Taught
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv import chat, corpus, questions, templates, world
-from tlv.background import Background
+from tlv.background import Background, compute_ahead
 from tlv.isolation import isolate, pad_rows
 from tlv.optimizers import Muon, split_matrices
 
@@ -35,7 +36,7 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
-ALONE_FROM = 0.58  # share of the LLM's steps after which the encoder was seen to be done
+ALONE_FROM = 0.6  # share of the LLM's steps after which the encoder was seen to be done
 ROWS_TOGETHER = 4  # texts of like length, of 16, that the LLM reads in one pass: less padding
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
@@ -194,7 +195,7 @@ def train_llm(
     device,
 ):
     """Train the Qwen2-form language model on texts and save its folder. Returns the losses."""
-    rng, _ = np.random.default_rng([seed, 2]), torch.manual_seed(seed)
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -213,15 +214,12 @@ def train_llm(
     # Words on the scale of video tokens, which the resampler's LayerNorm and positions set to one.
     model.model.embed_tokens.weight.data.normal_(std=0.7)
     losses = []
-    for step, optimizers in _steps(model, num_steps, hold=0.6):
+    write = partial(write_step, seed=seed, num_steps=num_steps, num_texts=batch_size // 4,
+                    template=template, tokenizer=tokenizer)  # fmt: skip
+    batches = compute_ahead(write, range(num_steps))
+    for (step, optimizers), rows in zip(_steps(model, num_steps, hold=0.6), batches, strict=True):
         if step == int(ALONE_FROM * num_steps):  # by step and not by clock: every run adds up alike
             torch.set_num_threads(num_threads)
-        lessons = [corpus.write_lesson(rng, step / num_steps) for _ in range(batch_size // 4)]
-        rows = [
-            isolate([chat.encode([turn], template, tokenizer) for turn in turns])
-            for turns in lessons
-        ]
-        rows.sort(key=lambda row: len(row["input_ids"]))  # like ones together: less padding
         parts = [rows[i : i + ROWS_TOGETHER] for i in range(0, len(rows), ROWS_TOGETHER)]
         losses.append(_update(model, optimizers, _text_loss(model, parts)))
         if step % 100 == 0 or step == num_steps - 1:
@@ -229,6 +227,16 @@ def train_llm(
     model.save_pretrained(Path(out_dir))
     tokenizer.save_pretrained(Path(out_dir))
     return losses
+
+
+def write_step(step: int, *, seed, num_steps, num_texts, template, tokenizer) -> list[dict]:
+    """The rows of one step of the LLM's training, one text and all turns about it each."""
+    rng = np.random.default_rng([seed, 2, step])
+    lessons = [corpus.write_lesson(rng, step / num_steps) for _ in range(num_texts)]
+    rows = [
+        isolate([chat.encode([turn], template, tokenizer) for turn in turns]) for turns in lessons
+    ]
+    return sorted(rows, key=lambda row: len(row["input_ids"]))  # like ones together: less padding
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Functions that run in processes of their own while a notebook goes on. Used in notebook 00."""
+"""Functions that run in processes of their own while others go on. Used in notebook 00."""
 
 import logging
 import os
@@ -46,15 +46,30 @@ def stand_back() -> None:
     os.nice(10)
 
 
+def compute_ahead(function, items, chunk: int = 20):
+    """Yields function(item) of all items in order, computed early by a process that stands back."""
+    with ProcessPoolExecutor(1, get_context("fork"), _start_helper) as pool:
+        yield from pool.map(function, items, chunksize=chunk)
+
+
+def _start_helper() -> None:
+    stand_back()
+    _end_with_parent()
+
+
 def _start_worker(num_threads: int, lines) -> None:
     torch.set_num_threads(num_threads)
     log = logging.getLogger("tlv")
     log.addHandler(QueueHandler(lines))
     log.setLevel(logging.INFO)
-    Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:
+    Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent() -> None:
     connection.wait([parent_process().sentinel])
     os._exit(1)
 

@@ -18,10 +18,10 @@ PHRASES = (  # the shortest captions
 
 
 LESSONS = (  # until which share of the training: what is taught, and how often
-    (0.13, {"letters": 1.0}),
-    (0.23, {"letters": 0.25, "frame": 0.75}),
-    (0.31, {"letters": 0.25, "motion": 0.75}),
-    (0.43, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
+    (0.12, {"letters": 1.0}),
+    (0.22, {"letters": 0.25, "frame": 0.75}),
+    (0.30, {"letters": 0.25, "motion": 0.75}),
+    (0.42, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
     (0.57, {"frame": 0.15, "motion": 0.15, "events": 0.05, "events of three": 0.15,
             "one thing": 0.5}),
     (1.00, {"frame": 0.12, "motion": 0.12, "events": 0.06, "events of three": 0.14, "all": 0.56}),
