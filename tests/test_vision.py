@@ -138,6 +138,15 @@ def test_a_mixture_at_224_pixels_gives_512_tokens_from_both():
     assert connector.num_tokens(count_patches(mixture, True)) == 512
 
 
+@pytest.mark.parametrize("config", [CLIPVisionConfig, SiglipVisionConfig])
+def test_a_second_encoder_of_another_picture_size_is_refused(config):
+    first = published(CLIPVisionConfig, image_size=336, patch_size=14)
+    second = published(config, image_size=224, patch_size=14)
+    message = "second_vision_dir: made for pictures of 224 pixels, but .* 336; take an encoder"
+    with pytest.raises(ModelFolderError, match=message):
+        check_mixture(MixtureConfig(first_config=first, second_config=second))
+
+
 def test_unseen_parameters_are_the_last_layer_the_final_norm_and_the_head():
     model = encoder("siglip")
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
