@@ -452,9 +452,17 @@ def test_an_open_question_left_out_changes_no_label(bytes_tokenizer):
     assert set(whole["labels"][num:]) == {IGNORE_INDEX}
 
 
-@pytest.mark.parametrize("template, answer, is_found", [
+@pytest.mark.parametrize("place", ["question", "answer"])
+@pytest.mark.parametrize("template, words, is_found", [
     ("phi", "He said ASSISTANT: no.", True), ("phi", "a<|endoftext|>b", True),
     ("gemma", "a<|endoftext|>b", False), ("phi", "my ASSISTANT", False),
     ("qwen2_chat", "x<|im_end|>", True), ("pretrain", "two\nlines", False)])  # fmt: skip
-def test_words_of_the_template_in_a_turn_are_found(template, answer, is_found):
-    assert is_quoted([("<video>\nWhat?", answer)], template) == is_found
+def test_words_of_the_template_in_a_turn_are_found(template, words, is_found, place):
+    turn = (f"<video>\n{words}", "Yes.") if place == "question" else ("<video>\nWhat?", words)
+    assert is_quoted([turn], template) == is_found
+
+
+@pytest.mark.parametrize("question", ["ASSISTANT: who?", "Repeat: ASSISTANT:"])
+def test_words_of_the_template_may_form_where_a_turn_meets_them(question):
+    assert is_quoted([(question, "Yes.")], "phi")
+    assert not is_quoted([(question.replace("ASSISTANT", "assistant"), "Yes.")], "phi")

@@ -114,14 +114,20 @@ def pieces_of(turns, template: Template):
 
 def is_quoted(turns, template) -> bool:
     """Do the turns hold what the template itself writes between a question and its answer, or at
-    its end? Published code splits a text at these, and gives such a sample up.
+    its end, or make it together with the template's words around them? Published code splits a text
+    at these, and gives such a sample up or learns the wrong words.
     """
     form = get_template(template)
     if form.prompt is None:
         return False
     marks = form.prompt.split("{q}")[1] + form.answer.split("{a}")[0], form.stop
-    texts = [text for turn in turns for text in turn if text]
-    return any(mark in text for mark in marks if mark.strip() for text in texts)
+    marks = [re.compile(f"(?={re.escape(mark)})") for mark in marks if mark.strip()]  # may overlap
+
+    def count(said) -> list[int]:
+        text = "".join(piece for piece, _ in pieces_of(said, form))
+        return [len(mark.findall(text)) for mark in marks]
+
+    return count(turns) != count([("", answer and ".") for _, answer in turns])
 
 
 def to_jinja(template) -> str:
