@@ -104,7 +104,8 @@ class VideoTextDataset(Dataset):
         items = ((sample, self[index]) for index, sample in enumerate(self.samples))
         good = [s for s, item in islice((x for x in items if isinstance(x[1], dict)), limit)]
         if not good:
-            raise BadRow(f"all {len(self)} samples are bad; the first: {self[0].reason}")
+            first = f"; the first: {self[0].reason}" if len(self) else ""
+            raise BadRow(f"all {len(self)} samples are bad{first}")
         return good
 
     def path(self, sample) -> Path | None:
