@@ -1,5 +1,7 @@
 """The connectors against numbers computed independently from the published code."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,18 @@ def test_position_encoding_is_rounded_to_half_precision():
     assert (table - exact).abs().max().item() == pytest.approx(2.4e-4, abs=1e-5)
     wide = position_encoding(512, 2048) - position_encoding(512, 2048, "float32")
     assert wide.abs().max().item() == pytest.approx(2.6e-4, abs=3e-5)
+
+
+def test_positions_of_a_whole_clip_equal_the_published_table_to_the_bit():
+    """16 frames of 728 patches; so far out, frequencies made in another way are seen."""
+    n, d = 11_648, 64
+    position, column = torch.arange(n).float()[:, None], torch.arange(0, d, 2).float()
+    divisor = torch.exp(column * -(math.log(10_000.0) / d))
+    wanted = torch.zeros(n, d, dtype=torch.float16)
+    wanted[:, 0::2], wanted[:, 1::2] = torch.sin(position * divisor), torch.cos(position * divisor)
+    table = position_encoding(n, d)
+    assert torch.equal(table, wanted.float())
+    assert not torch.equal(table[:, 0::2], torch.sin(position / 10_000.0 ** (column / d)).half())
 
 
 @pytest.mark.parametrize(
@@ -209,6 +223,24 @@ def test_parameter_counts_of_the_published_sizes(name, pair, sizes, wanted):
     with torch.device("meta"):
         connector = build_connector(name, **{**SIZES, **SIZES_OF[pair], **sizes})
     assert sum(p.numel() for p in connector.parameters()) == wanted
+
+
+@torch.no_grad()
+def test_identity_gives_what_it_is_given(x):
+    assert torch.equal(build("identity")(x), x)
+
+
+@pytest.mark.parametrize("name, depth", [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2),
+                                         ("mlp3x_gelu", 3)])
+@torch.no_grad()
+def test_mlps_are_matrices_with_exact_gelus_between(name, depth, x):
+    connector = fill(build(name)).double()
+    w, y = connector.state_dict(), x.double()
+    for i in range(0, 2 * depth, 2):
+        if i:
+            y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
+        y = y @ w[f"layers.{i}.weight"].T + w[f"layers.{i}.bias"]
+    assert torch.allclose(connector(x.double()), y, atol=1e-10)
 
 
 @torch.no_grad()

@@ -3,23 +3,33 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_tokenizer import make_tokenizer, write_sentencepiece, write_slow
 from transformers import AutoConfig, AutoTokenizer
 
 from tlv.builders import load_model
-from tlv.convert import convert, main, make_image_processor, translate_config, unseen_names
+from tlv.convert import (
+    convert,
+    main,
+    make_image_processor,
+    read_vision_config,
+    translate_config,
+    unseen_names,
+)
 from tlv.designs import ENCODERS, count_parameters, count_tokens, paper_config
 from tlv.model import TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
 from tlv.published import LEGACY_LLMS, rename
 from tlv.templates import render
+from tlv.vision import picture_size
 
 D, D_V, V, HIDDEN = 32, 24, 320, 48  # widths of LLM and encoder, vocabulary, encoder's MLP
 LLM_LAYERS, VISION_LAYERS = 2, 3
@@ -182,6 +192,17 @@ def test_every_value_of_a_config_is_carried_over(write, tmp_path):
     assert processor.num_tokens(16) == 6
 
 
+def test_a_folders_name_and_the_names_in_its_config_decide_nothing(write, tmp_path):
+    """Published code looks for phi, clip, lora and finetune in them."""
+    weights, name = make_weights(), "phi-lora-finetune-clip"
+    convert(write(weights), tmp_path / "a")
+    source = write(weights, name, **dict.fromkeys(
+        ("llm_model_name_or_path", "vision_model_name_or_path", "tokenizer_name_or_path"), name))
+    convert(source, tmp_path / "b")
+    a, b = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in "ab")
+    assert a == b and {"config.json", "model.safetensors", "tokenizer.json"} < set(a)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_stay_as_they_are(dtype, write, tmp_path):
     weights = {n: t for n, t in make_weights(dtype=dtype).items() if ".head." not in n}
@@ -279,51 +300,73 @@ def test_code_of_a_published_tokenizer_is_not_run(write, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def write_parts(folder, weights, suffix=""):
-    """The three folders of a pretraining run; `suffix` as LoRA output names its matrices."""
+MATRIX = re.compile(r"(layers\.\d+\..*(_proj|fc\d)|_connector\.\d)(?=\.(weight|bias)$)")
+
+
+def write_parts(folder, weights, adapted=()):
+    """The three folders of a pretraining run; of the `adapted` ones the matrices are named as LoRA
+    output names them."""
     for part, prefix in (("language_model", "language_model."),
                          ("vision_tower", "vision_tower._vision_tower."),
                          ("connector", "connector.")):  # fmt: skip
         (folder / part).mkdir()
         chosen = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-        if part == "language_model" and suffix:
-            chosen = {n.replace("_proj.", f"_proj.{suffix}."): t for n, t in chosen.items()}
+        if part in adapted:
+            chosen = {MATRIX.sub(r"\1.base_layer", n): t for n, t in chosen.items()}
         torch.save(chosen, folder / part / "pytorch_model.bin")
 
 
-def test_an_image_checkpoint_in_three_folders(write, tmp_path, clip_frames):
-    weights = make_weights(MLP)
-    flat = write(weights, "flat", connector_type="mlp2x_gelu")
-    parts = write(None, "parts", connector_type="mlp2x_gelu")
+@pytest.mark.parametrize("published, connector, num_frames, tokens", [
+    ("mlp2x_gelu", "mlp2x_gelu", 1, 15), ("mof_mlp", "mof_mlp", 1, 32),
+    ("groupresampler", "group_resampler", 16, 8),  # TinyLLaVA-Video's stage 1
+])  # fmt: skip
+def test_a_checkpoint_in_three_folders(
+        published, connector, num_frames, tokens, write, write_mof, tmp_path, clip_frames):
+    changes, options = dict(connector_type=published), {}
+    weights = make_weights(None if published == "groupresampler" else MLP)
+    if published == "mof_mlp":
+        weights, changes, options["second_vision_dir"] = write_mof()
+    flat, parts = (write(w, name, **changes) for w, name in ((weights, "flat"), (None, "parts")))
     write_parts(parts, weights)
     for name, source in (("a", flat), ("b", parts)):
-        config = convert(source, tmp_path / name)
-        assert config.num_frames == 1 and config.connector_type == "mlp2x_gelu"
+        config = convert(source, tmp_path / name, **options)
+        assert (config.num_frames, config.connector_type) == (num_frames, connector)
     assert torch.equal(show(tmp_path / "a", clip_frames), show(tmp_path / "b", clip_frames))
-    assert load_model(tmp_path / "a")[1].num_tokens(1) == 15
+    assert load_model(tmp_path / "b")[1].num_tokens(1) == tokens
 
 
-@pytest.mark.parametrize("is_tied, dtype", [
-    (True, torch.float32), (False, torch.float32), (True, torch.bfloat16),
+LLM_Q = "language_model.model.layers.1.self_attn.q_proj"
+VISION_Q = "vision_tower._vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+VISION_FC = "vision_tower._vision_tower.vision_model.encoder.layers.1.mlp.fc1"
+
+
+@pytest.mark.parametrize("matrices, is_tied, dtype", [
+    ([LLM_Q], True, torch.float32), ([LLM_Q], False, torch.float32),
+    ([LLM_Q], True, torch.bfloat16), ([VISION_Q, VISION_FC], True, torch.float32),
+    (["connector._connector.0", "connector._connector.2"], True, torch.float32),
+    ([LLM_Q, VISION_Q, "connector._connector.0"], True, torch.float32),
 ])  # fmt: skip
-def test_lora_output_is_merged(is_tied, dtype, write, tmp_path):
+def test_lora_output_is_merged(matrices, is_tied, dtype, write, tmp_path):
     weights = make_weights(MLP, dtype=dtype)
     if not is_tied:
         weights["language_model.lm_head.weight"] = torch.randn(V, D)
     source = write(None, connector_type="mlp2x_gelu",
                    text_config=TEXT | {"tie_word_embeddings": is_tied})  # fmt: skip
-    write_parts(source, weights, "base_layer")
-    q = "language_model.model.layers.1.self_attn.q_proj"
-    a, b = torch.randn(2, D).to(dtype), torch.randn(D, 2).to(dtype)
-    save_file({f"base_model.model.{q}.lora_A.weight": a, f"base_model.model.{q}.lora_B.weight": b},
-              source / "adapter_model.safetensors")  # fmt: skip
+    write_parts(source, weights, {name.split(".")[0] for name in matrices})
+    adapter, wanted = {}, dict(weights)
+    for name in matrices:
+        rows, columns = weights[f"{name}.weight"].shape
+        a, b = torch.randn(2, columns).to(dtype), torch.randn(rows, 2).to(dtype)
+        adapter |= {f"base_model.model.{name}.lora_{x}.weight": t for x, t in (("A", a), ("B", b))}
+        merged = weights[f"{name}.weight"].float() + 4 * b.float() @ a.float()
+        wanted[f"{name}.weight"] = merged.to(dtype)  # rounded once, at the end
+    save_file(adapter, source / "adapter_model.safetensors")
     (source / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
     convert(source, tmp_path / "out")
     state = load_model(tmp_path / "out", dtype)[0].state_dict()
-    wanted = weights[f"{q}.weight"].float() + 4 * b.float() @ a.float()  # rounded once, at the end
-    assert torch.allclose(state[f"{q}.weight"], wanted.to(dtype), rtol=0, atol=1e-5)
-    k = "language_model.model.layers.1.self_attn.k_proj.weight"
-    assert torch.equal(state[k], weights[k])
+    for name, tensor in wanted.items():
+        atol = 1e-5 if name.removesuffix(".weight") in matrices else 0
+        assert torch.allclose(state[rename(name)], tensor, rtol=0, atol=atol), name
 
 
 Q = "base_model.model.language_model.model.layers.1.self_attn.q_proj"
@@ -348,7 +391,7 @@ HEAD = "base_model.model.language_model.lm_head"
 )
 def test_all_of_an_adapter_is_used_or_none(adapter, settings, message, write, tmp_path):
     source = write(None, connector_type="mlp2x_gelu")
-    write_parts(source, make_weights(MLP), "base_layer")
+    write_parts(source, make_weights(MLP), ["language_model"])
     save_file(adapter, source / "adapter_model.safetensors")
     (source / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8} | settings))
     with pytest.raises(ModelFolderError, match=message):
@@ -455,21 +498,34 @@ def test_what_may_be_missing_of_an_encoder_is_what_the_output_never_sees(
     assert torch.equal(show(tmp_path / "a", clip_frames), show(tmp_path / "b", clip_frames))
 
 
-def test_a_mixture_of_clip_and_dinov2(write, tmp_path, clip_frames):
-    """TinyLLaVA Factory's `mof`: two encoders, two MLPs, and no config of the second encoder."""
-    parts = {"vision_tower._vision_tower.clip.": clip_shapes(),
-             "vision_tower._vision_tower.dinov2.": dino_shapes(),
-             "connector._connector.clip.": MLP, "connector._connector.dinov2.": MLP,
-             "language_model.": llm_shapes()}  # fmt: skip
-    weights = {prefix + n: torch.randn(s) * 0.2
-               for prefix, shapes in parts.items() for n, s in shapes.items()}  # fmt: skip
-    source = write(weights, connector_type="mof_mlp", vision_config=CLIP,
-                   vision_model_name_or_path2="mof:facebook/dinov2-large")  # fmt: skip
-    (tmp_path / "dino").mkdir()
-    (tmp_path / "dino/config.json").write_text(json.dumps(DINO))
+@pytest.fixture
+def write_mof(tmp_path):
+    """write_mof() -> weights of TinyLLaVA Factory's `mof`, its changes of CONFIG, and the folder
+    of DINOv2's config, which is not among them."""
+
+    def build():
+        parts = {"vision_tower._vision_tower.clip.": clip_shapes(),
+                 "vision_tower._vision_tower.dinov2.": dino_shapes(),
+                 "connector._connector.clip.": MLP, "connector._connector.dinov2.": MLP,
+                 "language_model.": llm_shapes()}  # fmt: skip
+        weights = {prefix + n: torch.randn(s) * 0.2
+                   for prefix, shapes in parts.items() for n, s in shapes.items()}  # fmt: skip
+        (tmp_path / "dino").mkdir()
+        (tmp_path / "dino/config.json").write_text(json.dumps(DINO))
+        changes = dict(connector_type="mof_mlp", vision_config=CLIP,
+                       vision_model_name_or_path2="mof:facebook/dinov2-large")  # fmt: skip
+        return weights, changes, tmp_path / "dino"
+
+    return build
+
+
+def test_a_mixture_of_clip_and_dinov2(write, write_mof, tmp_path, clip_frames):
+    """Two encoders, two MLPs, and no config of the second encoder."""
+    weights, changes, dino_dir = write_mof()
+    source = write(weights, **changes)
     with pytest.raises(ModelFolderError, match="mixture with 'mof:facebook/dinov2-large', whose"):
         convert(source, tmp_path / "out")
-    config = convert(source, tmp_path / "out", second_vision_dir=tmp_path / "dino")
+    config = convert(source, tmp_path / "out", second_vision_dir=dino_dir)
     assert config.connector_type == "mof_mlp" and config.drop_first_patch
     assert config.image_mode == "crop"  # CLIP's processor
     model, processor = load_model(tmp_path / "out")
@@ -824,6 +880,34 @@ def test_folders_that_cannot_be_converted_say_why(changes, message, write, tmp_p
     with pytest.raises(ModelFolderError, match=message):
         convert(write(make_weights(), **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+CLIPS_PIXELS = ({"shortest_edge": 336}, {"height": 336, "width": 336},
+                (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+PIXELS = {  # encoder: size, crop_size, mean and deviation of its preprocessor_config.json
+    "openai/clip-vit-large-patch14-336": CLIPS_PIXELS,
+    "google/siglip-so400m-patch14-384": (
+        {"height": 384, "width": 384}, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "facebook/dinov2-large": (
+        {"shortest_edge": 256}, {"height": 224, "width": 224},
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "CLIP + DINOv2": CLIPS_PIXELS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_is_shown_pixels_as_its_own_image_processor_makes_them(encoder):
+    made = make_image_processor("published", AutoConfig.for_model(**ENCODERS[encoder]))
+    crop = made.crop_size and dict(made.crop_size)
+    mean, std = tuple(made.image_mean), tuple(made.image_std)
+    assert (dict(made.size), crop, mean, std) == PIXELS[encoder]
+    assert made.rescale_factor == 1 / 255 and made.resample == Image.Resampling.BICUBIC
+
+
+def test_published_positions_of_dinov2_are_for_518_pixels_and_its_pictures_have_224():
+    fields = dict(model_type="dinov2", hidden_size=1024, image_size=518, patch_size=14)
+    config = read_vision_config("published", {"vision_config": fields}, "flat")
+    assert (config.image_size, picture_size(config)) == (518, 224)
 
 
 def test_an_encoder_without_a_known_image_processor_is_an_error():

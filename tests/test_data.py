@@ -93,17 +93,20 @@ def test_what_published_code_drops_is_learnt_rightly_counted_and_listed(turns, m
                                                   turn("human", "And then?")]}
     quoting = {**good, "id": "quoting", "conversations": [good["conversations"][0],
                                                           turn("gpt", "He said ASSISTANT: no.")]}
-    dataset = make([good, odd, quoting], turns=turns)
-    plain, odd, quoting = (dataset[i] for i in range(3))
+    asking = {**good, "id": "asking", "conversations": [
+        turn("human", "<video>\nWho said ASSISTANT: no?"), turn("gpt", "He.")]}
+    dataset = make([good, odd, quoting, asking], turns=turns)
+    plain, odd, quoting, asking = (dataset[i] for i in range(4))
     assert odd["rows"] == plain["rows"] and plain["notes"] == []
-    learnt = [i for row in quoting["rows"] for i in row["labels"] if i != IGNORE_INDEX]
-    assert dataset.tokenizer.decode(learnt) == " He said ASSISTANT: no.<|endoftext|>"
-    assert all(item["notes"][0].is_used for item in (odd, quoting))
+    for item, answer in ((quoting, " He said ASSISTANT: no."), (asking, " He.")):
+        learnt = [i for row in item["rows"] for i in row["labels"] if i != IGNORE_INDEX]
+        assert dataset.tokenizer.decode(learnt) == answer + "<|endoftext|>"
+        assert "words of the template" in item["notes"][0].reason
+    assert all(item["notes"][0].is_used for item in (odd, quoting, asking))
     assert "the first turn is no question" in odd["notes"][0].reason
     assert "no answer; that turn is left out" in odd["notes"][0].reason
-    assert "words of the template" in quoting["notes"][0].reason
-    batch = collate([odd, quoting], num_clips=2, blank=dataset.blank(), pad_id=0)
-    assert [note.id for note in batch["bad"]] == ["odd", "quoting"]
+    batch = collate([odd, quoting, asking], num_clips=3, blank=dataset.blank(), pad_id=0)
+    assert [note.id for note in batch["bad"]] == ["odd", "quoting", "asking"]
 
 
 def test_a_long_row_is_cut_where_published_code_cuts_after_its_fusion(make, tiny):

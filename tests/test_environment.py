@@ -29,8 +29,12 @@ def name(text) -> str:
     return re.sub(r"[-_.]+", "-", text).lower()
 
 
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
 def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return pyproject()["project"]
 
 
 def test_every_dependency_is_pinned_and_no_gpu_wheel_is():
@@ -48,6 +52,13 @@ def test_installed_packages_are_the_pinned_ones():
         if version(n).split("+")[0] != pin
     }
     assert not wrong, f"installed, pinned: {wrong}; run `make venv`"
+
+
+def test_every_package_is_installed():
+    """An editable install would find a folder that the list forgets."""
+    files = (ROOT / "tlv").rglob("__init__.py")
+    found = [".".join(path.parent.relative_to(ROOT).parts) for path in files]
+    assert pyproject()["tool"]["setuptools"]["packages"] == sorted(found)
 
 
 def test_conda_environment_reads_the_same_pins():

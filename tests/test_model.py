@@ -117,6 +117,19 @@ def test_saved_and_loaded_alike(build_tiny, tmp_path, clip_frames):
     assert not list(tmp_path.glob("*.bin"))
 
 
+def test_matrices_of_the_paper_model_start_with_the_published_deviation():
+    assert paper_config().initializer_range == 0.02
+
+
+@pytest.mark.parametrize("name, std", [("qformer", 0.02), ("resampler", 1.0),
+                                       ("bench_resampler", 1.0)])
+def test_latents_start_as_published(name, std, build_tiny):
+    fields = dict(num_queries=512, num_groups=1, connector_width=64)
+    latents = build_tiny(connector_type=name, **fields)[0].connector.latents
+    assert latents.numel() >= 512 * 32 and latents.std().item() == pytest.approx(std, rel=0.03)
+    assert abs(latents.mean().item()) < 0.03 * std
+
+
 def test_build_keeps_the_folders_weights_and_the_seed(build_tiny, llm_dir):
     model, _ = build_tiny()
     wanted = AutoModelForCausalLM.from_pretrained(llm_dir).state_dict()

@@ -14,8 +14,9 @@ import torch
 from clone import make_clone
 from nbformat import from_dict
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from papermill import PapermillExecutionError, execute_notebook
+from papermill import execute_notebook
 from PIL import Image
+from toy_manifest import make_world as make_clips
 from toy_tokenizer import make_tokenizer
 from transformers import (
     CLIPVisionConfig,
@@ -28,11 +29,12 @@ from transformers import (
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tlv import ROOT, notebooks, smoke
+from tlv import ROOT, chat, data, notebooks, smoke, viz
 from tlv.builders import load_model
-from tlv.config import load_json
+from tlv.config import ConfigError, load_json
 from tlv.files import write_json
 from tlv.notebook_style import lint
+from tlv.pretrained import ModelFolderError
 from tlv.toy_data import make_world, read_card
 
 MANY = pytest.mark.skipif("TLV_ALL_TESTS" not in os.environ,
@@ -154,9 +156,9 @@ def own_card(other_parts, pair_dir, tmp_path):
         write_json(card[name], [s for s in load_json(card[name]) if s["id"] not in planted])
     Image.new("RGB", (64, 64), "red").save(card["videos_dir"] / "red.png")
     text, picture = load_json(card["val_qa"])
-    del text["video"]
+    del text["video"], picture["video"]
     text["conversations"][0]["value"] = "What is red and blue?"
-    picture |= {"image": picture.pop("video") and "red.png"}
+    picture["image"] = "red.png"
     write_json(card["val_qa"], [text, picture])
     card |= {"vision_dir": other_parts / "dinov2", "pair_dir": pair_dir,
              "llm_dir": other_parts / "llm"}  # fmt: skip
@@ -171,18 +173,62 @@ def run(name, out_dir, **given):
                      progress_bar=False)  # fmt: skip
 
 
+def find_cell(name, words) -> str:
+    """The one code cell that holds these words."""
+    cells = notebooks.read(notebooks.FOLDER / f"{name}.ipynb").cells
+    (source,) = [c.source for c in cells if c.cell_type == "code" and words in c.source]
+    return source
+
+
 @pytest.mark.slow
 def test_a_card_of_own_data_goes_through_the_first_notebooks(own_card, tmp_path):
-    card = load_json(own_card)
-    write_json(own_card, card | {"llm_dir": str(tmp_path / "nowhere")})
-    with pytest.raises(PapermillExecutionError, match="llm_dir = .*nowhere: no such folder"):
-        run(NAMES[0], tmp_path / "00", data_card=str(own_card))
-    write_json(own_card, card)
     run(NAMES[0], tmp_path / "00", data_card=str(own_card))
     text = (tmp_path / "00.ipynb").read_text()
     assert "Dinov2Model" in text and "its text tower " not in text
     run(NAMES[1], tmp_path / "01", world_dir=str(tmp_path / "00/world"))
     assert load_json(tmp_path / "01/metrics.json")["num_kept/captions"] > 0
+
+
+def test_a_model_folder_that_is_not_there_is_named_by_the_first_notebook(other_parts):
+    card = {"vision_dir": other_parts / "dinov2", "llm_dir": other_parts / "nowhere"}
+    with pytest.raises(ModelFolderError, match="llm_dir = .*nowhere: no such folder; a Hugging"):
+        exec(find_cell(NAMES[0], "load_pretrained(AutoModel,"), {"card": card})
+
+
+def test_the_architecture_is_shown_on_the_first_sample_that_is_good_and_no_text(tiny, tmp_path):
+    model, processor = tiny
+    folder = make_clips(tmp_path, 2, bad=[0])
+    samples = load_json(folder / "data.json")
+    text = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "No."}]}
+    write_json(folder / "data.json", [text, *samples])
+    seen = dict(data=data, chat=chat, viz=viz, model=model, processor=processor, figures=tmp_path,
+                card={"val_qa": folder / "data.json", "videos_dir": folder})  # fmt: skip
+    exec(find_cell(NAMES[2], "looked_at.usable(1)"), seen)
+    assert seen["clip_path"] == folder / "1.mp4" and len(seen["clip"].frames) == 4
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"dtype": "float23"}, "dtype = 'float23' must be 'float32', "),
+    ({"num_clips": -1}, "num_clips = -1 must be >= 0; 0 asks about all"),
+])  # fmt: skip
+def test_a_wrong_parameter_of_the_evaluation_is_named(given, message):
+    defaults = notebooks.parameters(notebooks.read(notebooks.FOLDER / f"{NAMES[5]}.ipynb"))
+    values = {name: default for name, (default, _) in defaults.items()} | given
+    with pytest.raises(ConfigError, match=message):
+        exec(find_cell(NAMES[5], "smoke.checkpoint(model_dir)"), values)
+
+
+@pytest.mark.slow
+def test_what_is_kept_does_not_depend_on_the_truth(tmp_path):
+    card = read_card(smoke.world("outputs/scratch/00_toy_world/world"))
+    card = {key: str(value) for key, value in card.items()}
+    for name, truth in (("with", card["truth"]), ("without", "")):
+        write_json(tmp_path / name / "world.json", card | {"truth": truth})
+        run(NAMES[1], tmp_path / name / "01", world_dir=str(tmp_path / name))
+        assert bool(load_json(tmp_path / name / "01/report.json")["scores"]) == bool(truth)
+    for file in ("captions.json", "qa.json"):
+        kept = [(tmp_path / name / "01" / file).read_bytes() for name in ("with", "without")]
+        assert kept[0] == kept[1], file
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""After installation nothing needs the network: a model is built, saved, loaded and asked."""
+"""After installation nothing needs the network: a model is built, saved, loaded, trained, asked."""
 
 import json
 import socket
@@ -7,9 +7,12 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from test_convert import CONFIG, make_weights
+from toy_manifest import make_world
 
+from tlv import train
 from tlv.ask import answer
 from tlv.builders import load_model
+from tlv.config import TrainConfig
 from tlv.convert import convert
 
 LOCAL = ("127.0.0.1", "::1", "localhost", None, "")
@@ -66,6 +69,18 @@ def test_a_mixture_with_a_qformer_is_built_and_loaded_without_the_network(
         part.save_pretrained(tmp_path)
     model, processor = load_model(tmp_path)
     assert isinstance(answer(model, processor, clip_frames(), "Where?", 4), str)
+    assert not attempts
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_without_the_network(attempts, model_dir, tmp_path):
+    world = make_world(tmp_path / "world", 2)
+    train.train(TrainConfig(
+        model_dir=str(model_dir), data=str(world / "data.json"), videos_dir=str(world),
+        out_dir=str(tmp_path / "out"), num_steps=1, micro_batch_size=2, lr_connector=1e-3,
+        device="cpu",
+    ))  # fmt: skip
+    assert (tmp_path / "out/checkpoint/model.safetensors").is_file()
     assert not attempts
 
 

@@ -110,7 +110,8 @@ def test_every_recipe_and_stage_has_its_published_numbers():
 
 @pytest.mark.parametrize("recipe, stage", NUMBERS)
 def test_the_published_numbers(recipe, stage):
-    """Typed out from papers and scripts. Batches and epochs: params/, tests/test_paper_preset.py"""
+    """Typed out from papers and scripts. Batches, epochs and lengths: for base and video see
+    tests/test_paper_preset.py; those of the others are comments in params/paper/image/."""
     rates, adapted, bits = NUMBERS[recipe, stage]
     config = build(TrainConfig, PATHS | published(recipe, stage))
     assert (config.lr_connector, config.lr_llm, config.lr_vision) == rates

@@ -1,11 +1,14 @@
 """Smoke inputs are what the notebooks' defaults make, and are made in scratch only."""
 
 import ast
+import json
 
 import nbformat
 import pytest
 
 from tlv import ROOT, smoke
+from tlv.builders import load_model
+from tlv.toy_data import read_card
 
 
 def defaults(name: str) -> dict:
@@ -38,6 +41,40 @@ def test_what_is_made_on_the_spot_is_what_the_notebook_makes(name, made_with):
 def test_outside_scratch_a_missing_input_is_an_error():
     with pytest.raises(FileNotFoundError, match="run the notebook that writes it, or `dvc repro`"):
         smoke.world("outputs/no_such_preset/00_toy_world/world")
+
+
+@pytest.mark.slow
+def test_whichever_notebook_is_opened_first_makes_what_it_needs_and_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    sizes = dict(vision_width=32, vision_layers=2, llm_width=32, llm_layers=2, batch_size=4)
+    steps = dict(seed=0, vision_steps=1, llm_steps=1, num_texts=40)
+    for name, value in {
+        "ROOT": tmp_path, "SCRATCH": tmp_path / "outputs/scratch", "BACKBONES": steps | sizes,
+        "WORLD": dict(seed=0, num_train=6, num_val=2, num_test=2, defect_share=0.1),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(smoke, name, value)
+    broken_off = tmp_path / "outputs/scratch/04_sft/checkpoint/half"
+    broken_off.mkdir(parents=True)
+    folder = smoke.checkpoint("outputs/scratch/04_sft")
+    manifest = smoke.manifest("outputs/scratch/01_data_filtering")
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("nothing in")] == [
+        f"nothing in outputs/scratch/{name} yet: making {what} (smoke scale)" for name, what in (
+            ("04_sft", "an untrained model in place of a trained one"),
+            ("02_architecture", "an untrained model"),
+            ("00_toy_world/world", "a small toy world with hardly trained backbones"),
+            ("01_data_filtering", "a manifest of the clean samples"),
+        )]  # fmt: skip
+    assert load_model(folder / "checkpoint") and not broken_off.exists()
+    card = read_card(smoke.world("outputs/scratch/00_toy_world/world"))
+    defects = json.loads(card["truth"].read_text())["defects"]
+    for name in ("captions", "qa"):
+        raw, kept = (json.loads(path.read_text())
+                     for path in (card[f"raw_{name}"], manifest / f"{name}.json"))  # fmt: skip
+        assert 0 < len(kept) < len(raw) and kept == [s for s in raw if s["id"] not in defects]
+    assert smoke.checkpoint("outputs/scratch/04_sft") == folder  # now it is there
+    assert capsys.readouterr().out == ""
 
 
 def test_a_world_that_is_there_is_not_made_again(tmp_path, monkeypatch, capsys):

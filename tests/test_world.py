@@ -1,6 +1,7 @@
 """The toy world: the same bytes every time, truthful questions, nothing given away by one frame."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from tlv import defects, questions, world
 from tlv.chat import parse_conversation
 from tlv.evaluate import extract_choice
-from tlv.filters import is_well_formed
+from tlv.filters import caption_of, is_good_caption, is_well_formed
 from tlv.toy_data import make_pictures, make_world, read_card
 from tlv.video import VideoError, read_frames, read_image
 
@@ -31,6 +32,11 @@ def card(tmp_path_factory):
 
 def truth_of(card):
     return json.loads(card["truth"].read_text())["defects"]
+
+
+def scene_of(told: dict) -> world.Scene:
+    things = tuple(world.Thing(**thing) for thing in told["things"])
+    return world.Scene(told["num_frames"], things, tuple(world.Event(**e) for e in told["events"]))
 
 
 # ---- scenes and frames ----------------------------------------------------------------------
@@ -236,6 +242,10 @@ def test_defects_are_what_they_say(card):
     samples = {
         s["id"]: s for key in ("raw_captions", "raw_qa") for s in json.loads(card[key].read_text())
     }
+    told = json.loads(card["truth"].read_text())["scenes"]
+    scenes = {name: scene_of(scene) for name, scene in told.items()}
+    held_out = {q["video"] for q in json.loads(card["test_questions"].read_text())}
+    held_out = [read_frames(videos / name).astype(int) for name in held_out]
     for sample_id, entry in truth.items():
         sample, kind = samples[sample_id], entry["kind"]
         path = videos / sample["video"]
@@ -256,6 +266,23 @@ def test_defects_are_what_they_say(card):
             assert gap < 5
         elif kind == "malformed_conversation":
             assert not is_well_formed(sample)[0]
+        elif kind == "wrong_caption":  # fluent, and of things that are not there
+            text = caption_of(sample).lower()
+            named = {(c, s) for c in world.COLOURS for s in world.SHAPES if f"{c} {s}" in text}
+            assert named and not named & scenes[sample["video"]].pairs()
+            assert is_good_caption(text, 4, 120, 0.5)[0]
+        elif kind == "short_caption":
+            assert not is_good_caption(caption_of(sample), 4, 120, 0.5)[0]
+        elif kind == "degenerate_caption":  # a loop of two words, or its own words in no order
+            text = questions.caption(scenes[sample["video"]]).lower()
+            words, own = caption_of(sample).split(), re.findall(r"\w+", text)
+            is_loop = not is_good_caption(" ".join(words), 4, 120, 0.5)[0]
+            assert words != own and (is_loop or sorted(words) == sorted(own))
+        else:
+            assert kind == "leaked_test_clip"
+            frames = read_frames(path)
+            gaps = [np.abs(frames - test).mean() for test in held_out if len(test) == len(frames)]
+            assert sum(gap < 5 for gap in gaps) == 1
 
 
 def test_every_clean_sample_reads_and_parses(card):
