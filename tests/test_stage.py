@@ -8,7 +8,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tlv import ROOT, costs, notebooks, stage
+from tlv import ROOT, code_copy, costs, notebooks, stage
+from tlv.code_copy import code_only
 from tlv.notebooks import NotebookError
 
 PARAMETERS = """\
@@ -86,11 +87,13 @@ def test_a_stage_never_reads_what_the_smoke_run_left(root):
         stage.load_stage_params("00_x", "tiny", source)
 
 
-def test_missing_files_and_cells_are_named(root):
+def test_missing_files_and_cells_are_named(root, capsys):
     with pytest.raises(NotebookError, match="params/gpu/00_x.yaml: no such file; presets: tiny"):
         stage.load_stage_params("00_x", "gpu", notebook())
     with pytest.raises(NotebookError, match="99_y.ipynb: no such notebook"):
-        stage.write_code("99_y")
+        notebooks.read(notebooks.FOLDER / "99_y.ipynb")
+    assert code_copy.main(["99_y"]) == 2
+    assert "error: notebooks/99_y.ipynb: no such notebook" in capsys.readouterr().err
     with pytest.raises(NotebookError, match="0 cells are tagged"):
         notebooks.parameters(new_notebook(cells=[new_code_cell("seed = 0")]))
     with pytest.raises(NotebookError, match="`width = 2 [*] 3`; only `name = literal`"):
@@ -119,11 +122,12 @@ def test_code_copy_ignores_prose_outputs_and_ids():
     busy.cells[-1].execution_count = 9
     busy.cells[-1].metadata = nbformat.from_dict({"tags": ["nbval-check-output"], "x": 1})
     busy.metadata["language_info"] = {"name": "python"}
-    one, two = (nbformat.writes(notebooks.code_only(n)) for n in (plain, busy))
+    one, two = (code_only(n) for n in (plain, busy))
     assert one == two
     busy.cells[-1].source += "  # changed"
-    assert nbformat.writes(notebooks.code_only(busy)) != one
-    assert notebooks.parameters(notebooks.code_only(plain)) == notebooks.parameters(plain)
+    assert code_only(busy) != one
+    copy = nbformat.reads(json.dumps(one), 4)  # which also looks whether it is a notebook
+    assert notebooks.parameters(copy) == notebooks.parameters(plain)
 
 
 def test_canonical_copy_forgets_time_chance_and_progress():

@@ -26,12 +26,12 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from tlv import ROOT
+from tlv.code_copy import KERNEL
 from tlv.costs import banner_table, record_cost
 from tlv.files import write_text
 from tlv.notebook_style import lint
 
 FOLDER = ROOT / "notebooks"
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 # What makes two runs on one machine equal: no clocks, no random hashes, no progress bars drawn by
 # others, no network. Thread counts are added by the caller.
 ENVIRONMENT = {
@@ -123,21 +123,6 @@ def check_parameters(values: dict, notebook, source: str, where: str) -> None:
 
 
 # ---- canonical forms ------------------------------------------------------------------------
-
-
-def code_only(notebook) -> nbformat.NotebookNode:
-    """The code cells alone, without outputs: what a pipeline stage depends on.
-
-    Prose, outputs and ids (which count the prose cells too) leave no trace in it.
-    """
-    cells = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            tags = [t for t in cell.metadata.get("tags", []) if t == "parameters"]
-            metadata = {"tags": tags} if tags else {}
-            cells.append(nbformat.v4.new_code_cell(cell.source, metadata=metadata))
-            cells[-1]["id"] = f"code-{len(cells):02d}"
-    return nbformat.v4.new_notebook(cells=cells, metadata=KERNEL)
 
 
 def canonicalise(notebook, prefix: str) -> nbformat.NotebookNode:

@@ -1,9 +1,7 @@
-"""Run one notebook as a stage of the pipeline: the only commands in dvc.yaml.
+"""Run one notebook as a stage of the pipeline: `python -m tlv.stage run NN_name --preset tiny`.
 
-`python -m tlv.stage code NN_name`  writes the notebook's code cells to outputs/.code/: what the
-    stage depends on, so that editing prose or saving outputs reruns nothing.
-`python -m tlv.stage run NN_name --preset tiny`  runs the notebook with params/tiny/NN_name.yaml
-    through Papermill, and leaves the executed copy in outputs/tiny/NN_name/run.ipynb.
+It runs with params/tiny/NN_name.yaml, through Papermill, and leaves the executed copy in
+outputs/tiny/NN_name/run.ipynb.
 """
 
 import argparse
@@ -38,12 +36,6 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
         if isinstance(value, str) and value.startswith("outputs/scratch"):
             raise NotebookError(f"{source}: set `{key}`; its default {value} is the smoke run's")
     return values
-
-
-def write_code(name: str) -> None:
-    """Write the code-only copy; the same bytes for the same code."""
-    notebook = notebooks.read(notebooks.FOLDER / f"{name}.ipynb")
-    notebooks.write(ROOT / "outputs" / ".code" / f"{name}.ipynb", notebooks.code_only(notebook))
 
 
 def run(name: str, preset: str) -> None:
@@ -100,16 +92,12 @@ def _execute(source, target, values) -> None:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tlv.stage", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("code").add_argument("name")
     run_parser = actions.add_parser("run")
     run_parser.add_argument("name")
     run_parser.add_argument("--preset", required=True)
     options = parser.parse_args(arguments)
     try:
-        if options.action == "code":
-            write_code(options.name)
-        else:
-            run(options.name, options.preset)
+        run(options.name, options.preset)
     except (ConfigError, NotebookError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
