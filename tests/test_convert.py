@@ -27,7 +27,7 @@ from tlv.convert import (
 from tlv.designs import ENCODERS, count_parameters, count_tokens, paper_config
 from tlv.model import TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
-from tlv.published import LEGACY_LLMS, rename
+from tlv.published import LEGACY_LLMS, PARTS, rename
 from tlv.templates import render
 from tlv.vision import picture_size
 
@@ -880,6 +880,15 @@ def test_folders_that_cannot_be_converted_say_why(changes, message, write, tmp_p
     with pytest.raises(ModelFolderError, match=message):
         convert(write(make_weights(), **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("also", [["adapter_config.json"], PARTS])
+def test_another_systems_adapters_and_parts_are_not_taken_for_ours(also, write, tmp_path):
+    source = write(make_weights(), model_type="llava_llama")
+    for name in also:
+        (source / name).write_text("{}") if "." in name else (source / name).mkdir()
+    with pytest.raises(ModelFolderError, match="'llava_llama' .* is another system's; known are"):
+        convert(source, tmp_path / "out")
 
 
 CLIPS_PIXELS = ({"shortest_edge": 336}, {"height": 336, "width": 336},
