@@ -46,6 +46,7 @@ def _measure(model_dir, paths, query, device) -> list[dict]:
     model.to(device)
     processor.selector.model.to(device)
     processor.selector.cache_dir = None  # the first pass is measured, not read back
+    gc.freeze()  # modules stay; to go through them again at every part takes longer than the parts
     processor.fps, processor.max_frames = 1e6, CHUNK
     _run(model, processor, paths[-1], query)
     processor.max_frames = 10**6
