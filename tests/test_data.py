@@ -234,9 +234,9 @@ def test_the_cache_encodes_each_clip_once_and_gives_the_encoders_features(
     samples = [make_sample(i, f"{i % 2}.mp4") for i in range(4)]
     dataset, model = make([*samples, make_sample(4, "missing.mp4")]), tiny[0]
     pixels, calls = dataset[1]["clip"], []
-    decode = processor_module.sample_frames
-    monkeypatch.setattr(processor_module, "sample_frames",
-                        lambda path, **kw: calls.append(path) or decode(path, **kw))
+    decode = processor_module.sample_frames_within
+    monkeypatch.setattr(processor_module, "sample_frames_within",
+                        lambda limit, path, **kw: calls.append(path) or decode(limit, path, **kw))
     cache = FeatureCache(model, "cpu", torch.float32)
     cache.fill(dataset, range(5))
     cache.fill(dataset, range(5))

@@ -184,9 +184,9 @@ def test_cached_features_give_the_same_losses(configure, world, monkeypatch):
     common = dict(val_data=str(world / "data.json"), val_every=3, num_steps=8)
     plain = run(configure(**common))
     calls = []
-    decode = processor.sample_frames
-    monkeypatch.setattr(processor, "sample_frames",
-                        lambda path, **kw: calls.append(path) or decode(path, **kw))
+    decode = processor.sample_frames_within
+    monkeypatch.setattr(processor, "sample_frames_within",
+                        lambda limit, path, **kw: calls.append(path) or decode(limit, path, **kw))
     cached = run(configure(cache_features=True, **common))
     assert losses(cached) == close(plain, 1e-5)
     measured = [[r["val_loss"] for r in rows if "val_loss" in r] for rows in (plain, cached)]

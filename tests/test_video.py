@@ -14,6 +14,7 @@ import pytest
 from tlv import ROOT, video, video_child
 from tlv.mp4 import write_video
 from tlv.video import VideoError
+from tlv.video_child import sample_frames_within
 
 DECODERS = (video._decode_with_decord, video._decode_with_pyav)
 REAL_CLIPS = Path(ROOT).parent / "shared" / "videos"
@@ -104,6 +105,13 @@ def test_fps_sampling_counts(total, native, fps, cap, expected):
     assert len(set(indices)) == expected
 
 
+def test_a_wrong_request_is_not_the_clips_fault(clip_path):
+    for timeout_s in (None, 30):
+        with pytest.raises(ValueError, match="sampling = 'every'") as caught:
+            sample_frames_within(timeout_s, clip_path, sampling="every")
+        assert not isinstance(caught.value, VideoError)
+
+
 @pytest.mark.parametrize("call", [lambda: video.sample_indices(0, 16),
                                   lambda: video.sample_indices(10, 0),
                                   lambda: video.sample_indices_fps(10, 8, 0, 4),
@@ -164,7 +172,7 @@ def test_read_frames_keeps_the_order_asked_for(clip_path):
 
 @pytest.mark.parametrize("timeout_s", [None, 30])
 def test_sample_frames_says_where_the_frames_stand(clip_path, timeout_s):
-    clip = video.sample_frames(clip_path, num_frames=7, timeout_s=timeout_s)
+    clip = sample_frames_within(timeout_s, clip_path, num_frames=7)
     assert clip.indices.tolist() == [0, 9, 19, 29, 39, 49, 59]
     assert numbers(clip.frames) == clip.indices.tolist()
     np.testing.assert_allclose(clip.timestamps, clip.indices / 8)
@@ -296,7 +304,7 @@ def test_bad_file_gives_one_typed_error(tmp_path, clip_path, kind, timeout_s):
     path = tmp_path / "bad.mp4"
     expected = damage(path, kind, clip_path.read_bytes())
     with pytest.raises(VideoError, match=expected) as caught:
-        video.sample_frames(path, num_frames=16, timeout_s=timeout_s)
+        sample_frames_within(timeout_s, path, num_frames=16)
     assert caught.value.path == str(path) and caught.value.reason
     assert str(path) in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -315,24 +323,24 @@ def test_sound_only_file_is_named(tmp_path):
 
 
 def test_hanging_decoder_is_stopped_and_the_next_clip_is_served(clip_path):
-    video.sample_frames(clip_path, 2, timeout_s=30)
+    sample_frames_within(30, clip_path, num_frames=2)
     pid = video_child.child()._process.pid
     os.kill(pid, signal.SIGSTOP)  # the child hangs
     start = time.monotonic()
     with pytest.raises(VideoError, match="took over 0.5 s and was stopped"):
-        video.sample_frames(clip_path, 2, timeout_s=0.5)
+        sample_frames_within(0.5, clip_path, num_frames=2)
     assert time.monotonic() - start < 20
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert numbers(video.sample_frames(clip_path, 2, timeout_s=30).frames) == [0, 59]
+    assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]
 
 
 def test_crashing_decoder_is_an_error_not_a_crash(clip_path):
-    video.sample_frames(clip_path, 2, timeout_s=30)
+    sample_frames_within(30, clip_path, num_frames=2)
     os.kill(video_child.child()._process.pid, signal.SIGSEGV)
     with pytest.raises(VideoError, match="crashed the decoder .SIGSEGV"):
-        video.sample_frames(clip_path, 2, timeout_s=30)
-    assert numbers(video.sample_frames(clip_path, 2, timeout_s=30).frames) == [0, 59]
+        sample_frames_within(30, clip_path, num_frames=2)
+    assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]
 
 
 # ---- real clips -----------------------------------------------------------------------------

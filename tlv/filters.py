@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from tlv.ahead import read_ahead
 from tlv.chat import odd_turns, parse_conversation
 from tlv.templates import ConversationError
-from tlv.video import Clip, VideoError, sample_frames
+from tlv.video import Clip, VideoError
+from tlv.video_child import sample_frames_within
 
 GRID = 16  # cells per side of a clip's signature
 KEPT = (True, "")
@@ -49,7 +50,7 @@ def inspect_clips(videos_dir, names, embed: Callable | None = None, num_frames: 
     """
 
     def read(name):
-        return sample_frames(Path(videos_dir) / name, num_frames, timeout_s=timeout_s)
+        return sample_frames_within(timeout_s, Path(videos_dir) / name, num_frames=num_frames)
 
     clips = zip(progress(names), read_ahead(read, names), strict=True)
     return {name: _facts(clip, embed) for name, clip in clips}

@@ -17,7 +17,8 @@ from transformers.processing_utils import ProcessorMixin
 from tlv.chat import tokenize, video_token_id
 from tlv.keyframes import choose_keyframes, count_clip_tokens
 from tlv.templates import VIDEO_TOKEN
-from tlv.video import Clip, plan_frames, sample_frames
+from tlv.video import Clip, plan_frames
+from tlv.video_child import sample_frames_within
 
 SELECTOR = "selector"  # the folder of the image-text pair, below the model's
 
@@ -127,8 +128,9 @@ class TlvProcessor(ProcessorMixin):
 
     def sample(self, path, timeout_s=None) -> Clip:
         """Read the frames of a clip that this model is made for. Raises VideoError."""
-        return sample_frames(path, num_frames=self.num_frames, sampling=self.sampling,
-                             fps=self.fps, max_frames=self.max_frames, timeout_s=timeout_s)
+        return sample_frames_within(timeout_s, path, num_frames=self.num_frames,
+                                    sampling=self.sampling, fps=self.fps,
+                                    max_frames=self.max_frames)  # fmt: skip
 
     def process_frames(self, frames) -> torch.Tensor:
         """uint8 RGB (T, H, W, 3) -> float32 (T, C, H', W'), the encoder's input."""

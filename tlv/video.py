@@ -301,26 +301,21 @@ def plan_frames(path, num_frames=16, sampling="uniform", fps=1.0, max_frames=64)
     return numbers, index.seconds(numbers)
 
 
-def sample_frames(
-    path, num_frames=16, sampling="uniform", fps=1.0, max_frames=64, timeout_s=None
-) -> Clip:
+def sample_frames(path, num_frames=16, sampling="uniform", fps=1.0, max_frames=64) -> Clip:
     """Sample a clip: `num_frames` evenly ("uniform"), or `fps` per second capped at `max_frames`.
 
-    A picture is a clip of one frame, however many are asked for.
-
-    With `timeout_s` the decoding happens in a child process, which is killed when it hangs; the
-    child serves many clips, so that only its first start costs time. Raises VideoError.
+    A picture is a clip of one frame, however many are asked for. Raises VideoError, and ValueError
+    for a wrong request. `tlv.video_child` does the same with a limit of time.
     """
     if is_picture(path):
         frames = read_image(path)  # (1, H, W, 3)
         return Clip(frames, np.zeros(1, dtype=int), np.zeros(1), 1, 0.0, 0.0)
-    request = dict(num_frames=num_frames, sampling=sampling, fps=fps, max_frames=max_frames)
-    _choose(1, 1.0, **request)  # a wrong request is not the clip's fault
-    if timeout_s is not None:
-        from tlv.video_child import child
 
-        return child().ask(path, request, timeout_s)
-    return _read(path, lambda total, native_fps: _choose(total, native_fps, **request))
+    def choose(total, native_fps):
+        return _choose(total, native_fps, num_frames, sampling, fps, max_frames)
+
+    choose(1, 1.0)  # a wrong request is not the clip's fault
+    return _read(path, choose)
 
 
 def is_picture(path) -> bool:

@@ -1,4 +1,4 @@
-"""A child process that decodes clips for `tlv.video`, so that a hang or a crash can be survived.
+"""Sampling a clip in a child process, so that a decoder that hangs or crashes can be survived.
 
 One child per process serves many clips: it costs a start once, then about a millisecond a clip.
 """
@@ -16,7 +16,17 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from tlv.video import Clip, VideoError, sample_frames
+from tlv.video import Clip, VideoError, is_picture, sample_frames
+
+
+def sample_frames_within(timeout_s: float | None, path, **request) -> Clip:
+    """`tlv.video.sample_frames(path, **request)` in a child, which is killed after `timeout_s`.
+
+    Raises VideoError, also for a clip that hangs or crashes the decoder. None: no child.
+    """
+    if timeout_s is None or is_picture(path):
+        return sample_frames(path, **request)
+    return child().ask(path, request, timeout_s)
 
 
 class Child:
@@ -41,6 +51,8 @@ class Child:
                     raise VideoError(path, f"decoding took over {timeout_s:g} s and was stopped; "
                                            "re-encode the clip or raise timeout_s")
                 answer = json.loads(self._pipe.recv_bytes())
+                if "mistake" in answer:  # a wrong request is not the clip's fault
+                    raise ValueError(answer["mistake"])
                 if "reason" in answer:
                     raise VideoError(path, answer["reason"])
                 with np.load(io.BytesIO(self._pipe.recv_bytes()), allow_pickle=False) as arrays:
@@ -76,8 +88,10 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             clip = asdict(sample_frames(**request))
-        except VideoError as error:
-            pipe.send_bytes(json.dumps({"reason": error.reason}).encode())
+        except ValueError as error:
+            is_clip = isinstance(error, VideoError)
+            answer = {"reason": error.reason} if is_clip else {"mistake": str(error)}
+            pipe.send_bytes(json.dumps(answer).encode())
             continue
         arrays = {name: clip.pop(name) for name in ("frames", "indices", "timestamps")}
         np.savez(buffer := io.BytesIO(), **arrays)

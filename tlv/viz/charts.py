@@ -3,15 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from tlv.viz.style import (
-    INK,
-    MUTED,
-    PALETTE,
-    SEQUENTIAL,
-    new_figure,
-    title_above,
-    title_axes,
-)
+from tlv.viz.style import INK, MUTED, PALETTE, SEQUENTIAL, new_figure, title_above, title_axes
 
 
 def loss_curve(train, val=None, title="", part="connector", ylabel="loss (nats per token)"):
