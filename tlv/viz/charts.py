@@ -2,6 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tlv.viz.style import INK, MUTED, PALETTE, SEQUENTIAL, new_figure, title_above, title_axes
 
@@ -18,7 +19,8 @@ def loss_curve(train, val=None, title="", part="connector", ylabel="loss (nats p
             label=f"training, mean of {window}" if window > 1 else "training")  # fmt: skip
     if val is not None and len(val[0]):
         ax.plot(*val, "o-", color=INK, ms=4, lw=1.2, label="validation")
-    ax.set(xlabel="optimizer step", ylabel=ylabel, ylim=(0, None))
+    ax.set(xlabel="optimizer step", ylabel=ylabel, ylim=(0, 1.05 * ax.get_ylim()[1]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
     title_axes(ax, title)
     return fig
@@ -28,7 +30,8 @@ def bars_with_ci(labels, values, low=None, high=None, baselines=None, title="",
                  xlabel="accuracy", part="llm", unit_range=True) -> Figure:  # fmt: skip
     """Horizontal bars with interval ends `low`, `high`; `baselines` (same length) as ticks.
 
-    `part` gives the colour: one part's for all bars, or a list with the part of each.
+    `part` gives the colour: one part's for all bars, or a list with the part of each. The label of
+    a bar that ends below its baseline names both.
     """
     fig, ax = new_figure(6.5, 0.36 * len(labels) + 1.2)
     y, values = np.arange(len(labels)), np.asarray(values, dtype=float)
@@ -43,11 +46,13 @@ def bars_with_ci(labels, values, low=None, high=None, baselines=None, title="",
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, fontsize=9,
                   frameon=False)  # fmt: skip
     span = 1.0 if unit_range else float(np.max(ends))
-    # beside the interval, and beside the baseline's mark where that lies farther out
-    right = ends if baselines is None else np.maximum(ends, np.asarray(baselines) + 0.01 * span)
-    for row, (value, end) in enumerate(zip(values, right, strict=True)):
-        text = f"{value:.0%}" if unit_range else f"{value:,.4g}"
-        ax.text(end + 0.015 * span, row, text, va="center", fontsize=9, color=INK)
+    form = "{:.0%}" if unit_range else "{:,.4g}"
+    marks = values if baselines is None else baselines
+    for row, (value, end, mark) in enumerate(zip(values, ends, marks, strict=True)):
+        text, right = form.format(value), max(end, mark) + 0.015 * span
+        if mark > value:
+            text += f" (baseline {form.format(mark)})"
+        ax.text(right, row, text, va="center", fontsize=9, color=INK)
     ax.set_yticks(y, labels)
     ax.set(xlabel=xlabel, xlim=(0, 1.12 * span))
     ax.tick_params(axis="y", length=0)
@@ -57,10 +62,12 @@ def bars_with_ci(labels, values, low=None, high=None, baselines=None, title="",
     return fig
 
 
-def histogram(series: dict, title="", xlabel="", threshold=None, parts=(), bins=40) -> Figure:
+def histogram(series: dict, title="", xlabel="", threshold=None, parts=(), bins=40,
+              log=False) -> Figure:  # fmt: skip
     """Named sets of values {label: values} over common bins, each as shares of its set.
 
-    `threshold` is drawn as a line; `parts` names the part whose colour each set takes.
+    `threshold` is drawn as a line; `parts` names the part whose colour each set takes. With `log`
+    the shares have a logarithmic axis, so that a bar of a few values is seen.
     """
     fig, ax = new_figure(6.5, 2.8)
     every = np.concatenate([np.asarray(v, dtype=float) for v in series.values()])
@@ -68,7 +75,7 @@ def histogram(series: dict, title="", xlabel="", threshold=None, parts=(), bins=
     colours = [PALETTE[p] for p in parts] or list(PALETTE.values())
     for (label, values), colour in zip(series.items(), colours, strict=False):
         weights = np.full(len(values), 1 / max(1, len(values)))
-        ax.hist(values, edges, weights=weights, color=colour, alpha=0.65,
+        ax.hist(values, edges, weights=weights, color=colour, alpha=0.65, log=log,
                 label=f"{label} ({len(values):,})")  # fmt: skip
     if threshold is not None:
         ax.axvline(threshold, color=INK, lw=1.2, ls="--", label=f"threshold {threshold:.3g}")
@@ -152,11 +159,18 @@ def heatmap(values, title="", xlabel="", ylabel="", label="", xticks=None, ytick
 
 
 def lines(series: dict, title="", xlabel="", ylabel="", parts=()) -> Figure:
-    """Named curves {label: (x, y)}; `parts` names the part whose colour each one takes."""
+    """Named curves {label: (x, y)} or (x, y, low, high) with interval ends, drawn as a band.
+
+    `parts` names the part whose colour each one takes. Whole numbers x have whole ticks.
+    """
     fig, ax = new_figure(6.5, 3.2)
     colours = [PALETTE[p] for p in parts] or [*PALETTE.values(), INK, MUTED]
-    for (label, (x, y)), colour in zip(series.items(), colours, strict=False):
+    for (label, (x, y, *ends)), colour in zip(series.items(), colours, strict=False):
         ax.plot(x, y, "o-", ms=4, lw=1.8, color=colour, label=label)
+        if ends:
+            ax.fill_between(x, *ends, color=colour, alpha=0.15, lw=0)
+    if all(float(value).is_integer() for x, *_ in series.values() for value in x):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False)
     title_axes(ax, title)

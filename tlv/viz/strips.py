@@ -44,22 +44,24 @@ def pipeline_strip(current: str) -> Figure:
 def frame_strip(frames, timestamps, title="", columns=8, marked=(), maps=None) -> Figure:
     """Frames (T, H, W, 3) uint8 side by side, each with its time in s; `marked` ones are framed.
 
-    `maps` (T, h, w), where given, are amounts in 0..1 for each place: the brighter, the more.
+    `timestamps` None: pictures, which have no time. `maps` (T, h, w), where given, are amounts in
+    0..1 for each place: the brighter, the more.
     """
     columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)
     height, width = frames[0].shape[:2]
-    total = rows * (1.15 * height / width + 0.22) + 0.3
+    above = 0.05 if timestamps is None else 0.22  # inches, for the time
+    total = rows * (1.15 * height / width + above) + 0.3
     fig, axes = new_figure(1.15 * columns, total, rows, columns)
     for ax in np.atleast_1d(axes).flat:
         ax.axis("off")
-    for i, (frame, seconds) in enumerate(zip(frames, timestamps, strict=True)):
+    for i, (frame, time) in enumerate(zip(frames, _times(frames, timestamps, 2), strict=True)):
         ax = np.atleast_1d(axes).flat[i]
         ax.imshow(frame)
         if maps is not None:
             extent = (-0.5, width - 0.5, height - 0.5, -0.5)
             ax.imshow(maps[i], cmap=SEQUENTIAL, alpha=0.6, vmin=0, extent=extent)
-        ax.set_title(f"{seconds:.2f} s", fontsize=8, loc="center", color=INK, pad=2)
+        ax.set_title(time, fontsize=8, loc="center", color=INK, pad=2)
         if i in marked:
             edge = dict(fill=False, ec=PALETTE["connector"], lw=4, transform=ax.transAxes)
             ax.add_patch(Rectangle((0, 0), 1, 1, **edge))
@@ -71,8 +73,9 @@ def gallery(rows, title="", num_frames=5) -> Figure:
     """Clips below each other: rows of (frames (T, H, W, 3), timestamps (T,), lines, is_good).
 
     At most `num_frames` frames a row, evenly picked, with their times; beside them `lines` of text.
-    A row that is not good (None: neither) has its first line in red. Colours are rounded to 16
-    steps a channel, which hides the codec's noise and keeps the picture small.
+    Timestamps None: pictures, which have no time. A row that is not good (None: neither) has its
+    first line in red. Colours are rounded to 16 steps a channel, which hides the codec's noise and
+    keeps the picture small.
     """
     fig, axes = new_figure(9, 0.95 * len(rows) + 0.35, len(rows), num_frames + 1, squeeze=False,
                         width_ratios=[1] * num_frames + [4.8])  # fmt: skip
@@ -80,9 +83,10 @@ def gallery(rows, title="", num_frames=5) -> Figure:
         ax.axis("off")
     for row, (frames, seconds, texts, is_good) in zip(axes, rows, strict=True):
         picked = np.linspace(0, len(frames) - 1, min(num_frames, len(frames)), dtype=int)
+        times = _times(frames, seconds, 1)
         for ax, i in zip(row, picked, strict=False):
             ax.imshow(frames[i] // 16 * 16 + 8)
-            ax.set_title(f"{seconds[i]:.1f} s", fontsize=7, loc="center", color=MUTED, pad=1)
+            ax.set_title(times[i], fontsize=7, loc="center", color=MUTED, pad=1)
         ink = {True: GOOD, False: BAD, None: INK}[is_good]
         for place, line in enumerate(texts):
             row[-1].text(0, 0.97 - 0.21 * place, line, va="top", fontsize=8,
@@ -90,6 +94,13 @@ def gallery(rows, title="", num_frames=5) -> Figure:
                          transform=row[-1].transAxes, parse_math=False)  # fmt: skip
     title_above(fig, title)
     return fig
+
+
+def _times(frames, timestamps, digits: int) -> list[str]:
+    """What stands above each frame: its time in s; nothing where there are no times."""
+    if timestamps is None:
+        return [""] * len(frames)
+    return [f"{seconds:.{digits}f} s" for seconds in timestamps]
 
 
 def token_mask(tokens, supervised, title="", columns=72) -> Figure:
