@@ -237,9 +237,9 @@ def test_the_cache_encodes_each_clip_once_and_gives_the_encoders_features(
     decode = processor_module.sample_frames_within
     monkeypatch.setattr(processor_module, "sample_frames_within",
                         lambda limit, path, **kw: calls.append(path) or decode(limit, path, **kw))
-    cache = FeatureCache(model, "cpu", torch.float32)
-    cache.fill(dataset, range(5))
-    cache.fill(dataset, range(5))
+    cache = FeatureCache("cpu", torch.float32)
+    cache.fill(model, dataset, range(5))
+    cache.fill(model, dataset, range(5))
     assert len(calls) == 3 and len(cache) == 3
     dataset.cache = cache
     with torch.no_grad():
@@ -259,9 +259,9 @@ def test_a_list_of_files_is_shown_one_after_another(make, world, tiny):
     rows = [make([sample])[0] for sample in (one, {**two, "conversations": one["conversations"]})]
     joined = make([both])[0]
     assert torch.equal(joined["clip"], torch.cat([row["clip"] for row in rows]))
-    cache = FeatureCache(tiny[0], torch.device("cpu"), torch.float32)
+    cache = FeatureCache(torch.device("cpu"), torch.float32)
     dataset = make([both, one])
-    cache.fill(dataset, [0, 1])
+    cache.fill(tiny[0], dataset, [0, 1])
     dataset.cache = cache
     assert len(cache) == 2  # each file once
     assert torch.equal(dataset[0]["clip"][: len(dataset[1]["clip"])], dataset[1]["clip"])

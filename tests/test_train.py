@@ -1,5 +1,6 @@
 """The trainer on a tiny model: what must not change the result does not, what must stop it does."""
 
+import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -337,12 +339,27 @@ def test_16_bit_without_zero_follows_16_bit_with_it(configure):
                   ) == close(first, 2e-3)
 
 
-@pytest.mark.skipif(not deepspeed.get_accelerator().is_fp16_supported(),
+@pytest.mark.skipif(not torch.cuda.is_available()
+                    and not deepspeed.get_accelerator().is_fp16_supported(),
                     reason="DeepSpeed has fp16 on GPUs and on CPUs with instructions for it")
-def test_fp16_follows_fp32(configure):
-    device, zero = "cuda" if torch.cuda.is_available() else "cpu", "params/deepspeed_zero3.json"
-    half = run(configure(precision="fp16", device=device, zero_config=zero))
-    assert losses(half) == close(run(configure("full", device=device)), 0.02)
+def test_fp16_follows_fp32(configure, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR")  # these tests' own is the CPU; the ranks choose theirs
+    rows = {}
+    for precision, zero in (("fp16", 3), ("fp32", 0)):
+        config = configure(precision, precision=precision, device="auto",
+                           zero_config=f"params/deepspeed_zero{zero}.json")
+        launch(config, LaunchConfig())
+        rows[precision] = read_log(Path(config.out_dir) / "log.jsonl")
+    assert losses(rows["fp16"]) == close(rows["fp32"], 0.02)
+
+
+def test_a_selector_on_a_gpu_and_workers_are_refused(tiny):
+    processor = copy.copy(tiny[1])
+    train.place_selector(processor, torch.device("cuda"), 4)  # it has none
+    processor.selector = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    train.place_selector(processor, torch.device("cpu"), 4)
+    with pytest.raises(ConfigError, match="num_workers = 4.*take 0"):
+        train.place_selector(processor, torch.device("cuda"), 4)
 
 
 # ---- what must stop it ----------------------------------------------------------------------

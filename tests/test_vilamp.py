@@ -338,13 +338,13 @@ def test_a_clip_that_the_selector_cannot_read_is_a_bad_sample(long_model, path, 
     turn = [{"from": "human", "value": "<video>\nWhere?"}, {"from": "gpt", "value": "Here."}]
     samples = [{"id": "a", "video": path.name, "conversations": turn}]
     data = VideoTextDataset(samples, path.parent, model, processor)
-    data.cache = FeatureCache(model, "cpu", torch.float32)
+    data.cache = FeatureCache("cpu", torch.float32)
 
     def embed(path):
         raise VideoError(path, "damaged further on")
 
     monkeypatch.setattr(processor, "embed", embed)
-    data.cache.fill(data, [0])
+    data.cache.fill(model, data, [0])
     assert "damaged further on" in data[0].reason
 
 

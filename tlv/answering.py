@@ -170,8 +170,11 @@ def _generate(model, processor, rows: list[tuple], max_new_tokens: int) -> list[
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     new = out.sequences[:, -len(out.logits) :].cpu()  # (B, new)
-    logits = torch.stack(out.logits, dim=1).float()  # (B, new, V)
-    chosen = logits.log_softmax(-1).gather(-1, new[..., None].to(logits.device))[..., 0].cpu()
+    steps = [
+        logits.float().log_softmax(-1).cpu().gather(-1, token[:, None])
+        for logits, token in zip(out.logits, new.T, strict=True)
+    ]
+    chosen = torch.cat(steps, dim=1)  # (B, new)
     return [_to_answer(*row, ends, tokenizer) for row in zip(new, chosen, strict=True)]
 
 

@@ -44,7 +44,7 @@ def ask(path, question, model_dir, device="cpu", max_new_tokens=64, timeout_s=60
         raise VideoError(path, "no such file")
     model, processor = load_model(model_dir, what="--model")
     if processor.selector is not None:
-        return _ask_long(model.to(device), processor, path, question, max_new_tokens)
+        return _ask_long(model.to(device), processor.to(device), path, question, max_new_tokens)
     clip = processor.sample(path, timeout_s)
     looked = "frames looked at: the picture" if is_picture(path) else describe_frames(clip)
     said = answer(model.to(device), processor, clip.frames, question, max_new_tokens)

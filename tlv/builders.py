@@ -91,7 +91,7 @@ def _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype,
     with torch.device("meta"):
         model = TlvForConditionalGeneration(config)
     model.vision_encoder, model.language_model = encoder, llm
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(seed)
         model.connector = new_connector(config).apply(model._init_weights).to(dtype)
     model.config.dtype = dtype

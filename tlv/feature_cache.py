@@ -18,17 +18,18 @@ class FeatureCache:
     without a cache. A clip that cannot be read keeps its error, which is raised when asked for.
     """
 
-    def __init__(self, model, device, dtype):
-        self._model, self._device, self._dtype = model, device, dtype
+    def __init__(self, device, dtype):
+        self._device, self._dtype = device, dtype
         self._found: dict[Path, torch.Tensor | VideoError] = {}
         self.embeddings: dict[Path, torch.Tensor] = {}  # of the selector, where there is one
 
-    def fill(self, dataset, indices, progress=iter, ranks=None) -> None:
+    def fill(self, model, dataset, indices, progress=iter, ranks=None) -> None:
         """Decode and encode the clips of the samples `indices` of a VideoTextDataset, each once.
 
-        Of several ranks, all of which must ask for the same, each encodes its share for all.
+        Of several ranks, all of which must ask for the same, each encodes its share for all. The
+        model is not kept: a cache outlives it.
         """
-        encoder = self._model.vision_encoder.to(self._device, self._dtype).eval()
+        encoder = model.vision_encoder.to(self._device, self._dtype).eval()
         encoder.requires_grad_(False)
         samples = [dataset.samples[index] for index in sorted(set(indices))]
         paths = dict.fromkeys(path for sample in samples for path in _paths(dataset, sample))
@@ -36,12 +37,12 @@ class FeatureCache:
         mine = todo if ranks is None else todo[ranks.rank :: ranks.world_size]
         found, embeddings = {}, {}
         for path, clip in zip(progress(mine), read_ahead(dataset.read, mine), strict=True):
-            found[path], embeddings[path] = self._encode(dataset, path, clip)
+            found[path], embeddings[path] = self._encode(model, dataset, path, clip)
         for theirs in [(found, embeddings)] if ranks is None else ranks.gather((found, embeddings)):
             self._found |= theirs[0]
             self.embeddings |= theirs[1]
 
-    def _encode(self, dataset, path, clip):
+    def _encode(self, model, dataset, path, clip):
         """Pixels (T, C, H, W) -> features (T, N, D_v), and the selector's (T, D_q) or None.
 
         A VideoError stays one.
@@ -56,7 +57,7 @@ class FeatureCache:
             return error, None
         with torch.no_grad():
             pixels = clip.to(self._device, self._dtype)  # (T, C, H, W)
-            return self._model.vision_features(pixels).cpu(), embedding  # (T, N, D_v)
+            return model.vision_features(pixels).cpu(), embedding  # (T, N, D_v)
 
     def __getitem__(self, path: Path) -> torch.Tensor:
         found = self._found[path]

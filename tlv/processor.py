@@ -82,6 +82,12 @@ class TlvProcessor(ProcessorMixin):
         self.num_keyframes, self.tokens_per_keyframe = num_keyframes, tokens_per_keyframe
         self.selection, self.keyframe_threshold = selection, keyframe_threshold
 
+    def to(self, device) -> "TlvProcessor":
+        """Move the selector, the one part of a processor that computes on a device."""
+        if self.selector is not None:
+            self.selector.model.to(device)
+        return self
+
     def num_tokens(self, num_frames: int) -> int:
         """Video tokens of a clip of `num_frames` frames."""
         return self.tokens_per_clip + count_clip_tokens(

@@ -30,6 +30,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    cpu_group: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
@@ -45,9 +46,11 @@ class Ranks:
         return total.tolist()
 
     def gather(self, value) -> list:
-        """`value` of every rank, in rank order."""
+        """`value` of every rank, in rank order. It may be large: it never enters a GPU."""
+        if self.world_size == 1:
+            return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def share(self, value):
@@ -82,7 +85,8 @@ def start_ranks(device: str, num_threads: int, seed: int) -> Ranks:
                             ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
             os.environ.setdefault(name, value)  # set already where a launcher started us
         deepspeed.init_distributed(dist_backend="gloo" if kind == "cpu" else "nccl")
-    return Ranks(dist.get_rank(), dist.get_world_size(), where)
+    cpu_group = dist.new_group(backend="gloo") if kind == "cuda" else dist.group.WORLD
+    return Ranks(dist.get_rank(), dist.get_world_size(), where, cpu_group)
 
 
 def leave(ranks: Ranks) -> None:

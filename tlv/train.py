@@ -63,8 +63,7 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
         checkpoint.remove_others(root, mark)
 
     model, processor = load_model(resolve(config.model_dir))  # float32: DeepSpeed casts, moves
-    if processor.selector is not None:
-        processor.selector.model.to(ranks.device)
+    place_selector(processor, ranks.device, config.num_workers)
     if config.gradient_checkpointing:
         model.language_model.activation_checkpointing_enable()
     samples = load_samples(resolve(config.data))
@@ -78,7 +77,7 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     val_samples = load_samples(resolve(config.val_data)) if config.val_every else []
     val_batches = rank_batches(range(len(val_samples)), config.micro_batch_size, ranks.rank,
                                ranks.world_size)
-    cache = FeatureCache(model, ranks.device, DTYPES[config.precision])
+    cache = FeatureCache(ranks.device, DTYPES[config.precision])
     data = make_dataset(config, samples, model, processor, cache, stream, ranks)
     val_data = make_dataset(config, val_samples, model, processor, cache, range(len(val_samples)),
                             ranks)
@@ -271,6 +270,14 @@ def lock_run(root: Path):
         yield
 
 
+def place_selector(processor, device: torch.device, num_workers: int) -> None:
+    """Move the selector, where there is one, to where the model computes."""
+    if processor.selector is not None and num_workers and device.type != "cpu":
+        raise ConfigError(f"num_workers = {num_workers}: this model chooses keyframes with an "
+                          "encoder on the GPU, which worker processes cannot use; take 0")
+    processor.to(device)
+
+
 def make_dataset(config, samples, model, processor, cache, indices, ranks) -> VideoTextDataset:
     """The dataset of one split; with cache_features its clips (those of the samples `indices`) are
     encoded here, each once."""
@@ -279,7 +286,7 @@ def make_dataset(config, samples, model, processor, cache, indices, ranks) -> Vi
                             timeout_s=config.decode_timeout_s,
                             gap_seed=config.seed if config.spread_positions else None)
     if config.cache_features:
-        cache.fill(data, indices, lambda items: bar(ranks.is_first, iterable=items,
+        cache.fill(model, data, indices, lambda items: bar(ranks.is_first, iterable=items,
                                                     desc="encoding clips"), ranks)
         data.cache = cache
     return data

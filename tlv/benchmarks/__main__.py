@@ -33,9 +33,9 @@ def ask_all(options) -> dict[str, float]:
     if not questions:
         raise BenchmarkError(f"{options.folder}: no questions to ask")
     num_tokens = options.max_new_tokens or benchmark.MAX_NEW_TOKENS
-    answers = run.answer(model.to(options.device), processor, questions, options.folder,
-                         batch_size=options.batch_size, max_new_tokens=num_tokens,
-                         progress=tqdm)  # fmt: skip
+    answers = run.answer(model.to(options.device), processor.to(options.device), questions,
+                         options.folder, batch_size=options.batch_size,
+                         max_new_tokens=num_tokens, progress=tqdm)  # fmt: skip
     texts = [one.text for one in answers]
     lines = [
         {"question_id": q.id, "prompt": q.prompt, "text": a.text, "answer_id": q.id,
