@@ -240,6 +240,7 @@ def test_the_cache_encodes_each_clip_once_and_gives_the_encoders_features(
     cache = FeatureCache("cpu", torch.float32)
     cache.fill(model, dataset, range(5))
     cache.fill(model, dataset, range(5))
+    assert not any(held is model for held in vars(cache).values())  # it outlives the model
     assert len(calls) == 3 and len(cache) == 3
     dataset.cache = cache
     with torch.no_grad():
