@@ -68,8 +68,8 @@ def test_no_scene_that_the_backbones_learn_from_is_in_a_split(tmp_path, monkeypa
     monkeypatch.setattr(world, "sample_scene", record)
     monkeypatch.setattr(backbones, "Background", lambda jobs, **_: jobs)  # none is started
     monkeypatch.setattr(backbones, "compute_ahead", map)
-    monkeypatch.setattr(backbones, "_text_loss", lambda *_: None)  # what is drawn is enough
-    monkeypatch.setattr(backbones, "_update", lambda *_: 0.0)
+    monkeypatch.setattr(backbones, "_add_text_gradient", lambda *_: 0.0)  # drawing is enough
+    monkeypatch.setattr(backbones, "_step", lambda *_: None)
     monkeypatch.setattr(toy_data, "_write_clips", lambda *_: None)
     jobs = backbones.train_backbones(
         tmp_path, seed=0, vision_steps=2, llm_steps=6, num_texts=60, vision_width=32,

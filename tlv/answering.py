@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tlv import long_video
+from tlv.background import map_forked
 from tlv.chat import encode, query_of, stop_token_ids, with_video
 from tlv.selector import QueryError
 from tlv.video import VideoError
@@ -52,18 +53,20 @@ def with_other_clip(questions: list[dict], seed: int) -> list[dict]:
 @torch.inference_mode()
 def generate_answers(model, processor, questions: list[dict], videos_dir, *, batch_size: int = 32,
                      max_new_tokens: int = 32, timeout_s=None, frames_of: Callable | None = None,
-                     progress: Callable = iter) -> list[Answer]:  # fmt: skip
+                     progress: Callable = iter,
+                     num_processes: int = 1) -> list[Answer]:  # fmt: skip
     """Greedy answers, in the order of `questions`; a question whose "video" is None is asked blind.
 
     Questions of one clip follow each other, so that each clip is decoded and encoded once. Rows are
     padded on the left and clips go in as features (T, N, D_v). A clip that cannot be decoded gives
     an Answer with its error. `frames_of` gives a "video"'s frames (T, H, W, 3) uint8 where others
-    are wanted than the model samples. `progress` wraps the batches (tqdm).
+    are wanted than the model samples. `progress` wraps the batches (tqdm). Several processes of one
+    thread each share the batches where `num_processes` says so: for a small model on a CPU.
 
     A model that chooses frames by the question takes a question's `query`, or else its first line,
     and one clip at a time; then a query that the selector refuses gives an Answer with its error,
-    and neither `timeout_s` nor `frames_of` applies. Raises BudgetError for a clip beyond the LLM's
-    context.
+    and neither `timeout_s`, `frames_of` nor `num_processes` applies. Raises BudgetError for a clip
+    beyond the LLM's context.
     """
     is_training = model.training
     model.eval()
@@ -83,21 +86,26 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
         first.setdefault((question["video"], question["question"]), i)
     order = sorted(first.values(), key=place)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    found: dict[int, Answer] = {}
     clips: dict = {}
-    for batch in progress(batches):
+
+    def answer(batch) -> dict[int, Answer]:
+        nonlocal clips
         names = {questions[i]["video"] for i in batch} - {None}
         clips = {n: clips.get(n) for n in names}  # what the last batch saw and this one needs
         for name in sorted(n for n in names if clips[n] is None):
             clips[name] = _encode_clip(model, processor, frames_of or sample, name)
-        for i in batch:
-            if isinstance(clips.get(questions[i]["video"]), VideoError):
-                found[i] = Answer("", error=str(clips[questions[i]["video"]].reason))
-        good = [i for i in batch if i not in found]
+        bad = {i for i in batch if isinstance(clips.get(questions[i]["video"]), VideoError)}
+        found = {i: Answer("", error=str(clips[questions[i]["video"]].reason)) for i in bad}
+        good = [i for i in batch if i not in bad]
         if good:
             rows = [(questions[i]["question"], clips.get(questions[i]["video"])) for i in good]
-            answers = _generate(model, processor, rows, max_new_tokens)
-            found |= dict(zip(good, answers, strict=True))
+            found |= dict(zip(good, _generate(model, processor, rows, max_new_tokens), strict=True))
+        return found
+
+    found = {}
+    count = min(num_processes, max(1, len(batches)))
+    for _, some in zip(progress(batches), map_forked(answer, batches, count), strict=True):
+        found |= some
     model.train(is_training)
     return [found[first[question["video"], question["question"]]] for question in questions]
 
@@ -169,12 +177,12 @@ def _generate(model, processor, rows: list[tuple], max_new_tokens: int) -> list[
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad,
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    new = out.sequences[:, -len(out.logits) :].cpu()  # (B, new)
+    new = out.sequences[:, -len(out.logits) :]  # (B, new)
     steps = [
-        logits.float().log_softmax(-1).cpu().gather(-1, token[:, None])
+        logits.float().log_softmax(-1).gather(-1, token[:, None])
         for logits, token in zip(out.logits, new.T, strict=True)
     ]
-    chosen = torch.cat(steps, dim=1)  # (B, new)
+    new, chosen = new.cpu(), torch.cat(steps, dim=1).cpu()  # (B, new) each
     return [_to_answer(*row, ends, tokenizer) for row in zip(new, chosen, strict=True)]
 
 

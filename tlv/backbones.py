@@ -8,6 +8,7 @@ like `google/siglip-so400m-patch14-384` and `Qwen/Qwen2.5-3B`: by a path. Taught
 import logging
 import math
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from tlv import chat, corpus, questions, templates, world
 from tlv.background import Background, compute_ahead
+from tlv.forked_ranks import rank_and_count, run_forked, share_first, sum_gradients
 from tlv.isolation import isolate, pad_rows
 from tlv.optimizers import Muon, split_matrices
 
@@ -36,7 +38,7 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
-ALONE_FROM = 0.68  # share of the LLM's steps after which the encoder was seen to be done
+ALONE_FROM = 0.64  # share of the LLM's steps after which the encoder was seen to be done
 ROWS_TOGETHER = 4  # texts of like length, of 16, that the LLM reads in one pass: less padding
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
@@ -61,7 +63,7 @@ def train_backbones(
     They are written to `vision/` and `llm/` below `out_dir`. `num_texts` documents train the
     tokenizer. Encoder and language model know nothing of each other: each is trained in a process
     of its own, with half of the CPU threads. The language model takes longer and goes first; for
-    its last steps, when the encoder is done, it takes all threads.
+    its last steps, when the encoder is done, it takes all of them, each for a process.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -170,7 +172,10 @@ def train_vision(
             )
         )
         loss = words + CAPTION_WEIGHT * whole
-        losses.append(_update(model, optimizers, loss))
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        _step(model, optimizers)
         if step % 100 == 0 or step == num_steps - 1:
             best = (out.text_embeds @ out.image_embeds.T)[:batch_size].argmax(1)
             hit = same[torch.arange(batch_size), best].float().mean()
@@ -213,17 +218,15 @@ def train_llm(
     model = Qwen2ForCausalLM(config).to(device)
     # Words on the scale of video tokens, which the resampler's LayerNorm and positions set to one.
     model.model.embed_tokens.weight.data.normal_(std=0.7)
-    losses = []
     write = partial(write_step, seed=seed, num_steps=num_steps, num_texts=batch_size // 4,
                     template=template, tokenizer=tokenizer)  # fmt: skip
     batches = compute_ahead(write, range(num_steps))
-    for (step, optimizers), rows in zip(_steps(model, num_steps, hold=0.6), batches, strict=True):
-        if step == int(ALONE_FROM * num_steps):  # by step and not by clock: every run adds up alike
-            torch.set_num_threads(num_threads)
-        parts = [rows[i : i + ROWS_TOGETHER] for i in range(0, len(rows), ROWS_TOGETHER)]
-        losses.append(_update(model, optimizers, _text_loss(model, parts)))
-        if step % 100 == 0 or step == num_steps - 1:
-            LOG.info(f"llm step {step}: loss {losses[-1]:.3f}")
+    steps = _steps(model, num_steps, hold=0.6)
+    alone_from = int(ALONE_FROM * num_steps)  # by step and not by clock: every run adds up alike
+    losses = _learn_texts(model, islice(steps, alone_from), batches)
+    num_ranks = min(num_threads, math.ceil(batch_size // 4 / ROWS_TOGETHER))
+    rest = partial(_learn_texts, model, steps, batches)
+    losses += run_forked(rest, num_ranks if device == "cpu" else 1)
     model.save_pretrained(Path(out_dir))
     tokenizer.save_pretrained(Path(out_dir))
     return losses
@@ -268,9 +271,40 @@ def measure_reading(
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
-def _text_loss(model, parts) -> torch.Tensor:
-    """Mean -log p of the answers, and at half the weight of the text that they are about."""
-    sums = counts = torch.zeros(2, device=model.device)  # answers, texts
+def _learn_texts(model, steps, batches) -> list[float]:
+    """Take steps of the LLM's training; returns the losses. Of several ranks the first has the
+    batches, and each computes its share of every one."""
+    losses = []
+    rank, count = rank_and_count()
+    for step, optimizers in steps:
+        rows = share_first(next(batches) if rank == 0 else None)
+        model.zero_grad()
+        loss = _add_text_gradient(model, _share_out(rows, count)[rank], _loss_weights(rows))
+        losses.append(sum_gradients(model, loss))
+        _step(model, optimizers)
+        if rank == 0 and step % 100 == 0:
+            LOG.info(f"llm step {step}: loss {losses[-1]:.3f}")
+    return losses
+
+
+def _loss_weights(rows) -> tuple[float, float]:
+    """What an answer's token and a text's token weigh in the loss: the mean over the answers' plus,
+    at half the weight, that over the texts'."""
+    num_answers = sum(label != chat.IGNORE_INDEX for row in rows for label in row["labels"][1:])
+    num_told = sum(row["segments"].count(0) - 1 for row in rows)  # the first is never predicted
+    return 1 / max(num_answers, 1), TEXT_WEIGHT / max(num_told, 1)
+
+
+def _share_out(rows, count: int) -> list[list]:
+    """Rows in order of length, as parts of like length, these in shares of like work."""
+    parts = [rows[i : i + ROWS_TOGETHER] for i in range(0, len(rows), ROWS_TOGETHER)]
+    turn = 2 * count  # there and back: the shortest goes with the longest
+    return [parts[k::turn] + parts[turn - 1 - k :: turn] for k in range(count)]
+
+
+def _add_text_gradient(model, parts, weights) -> float:
+    """Gradient and loss of parts of a step's rows: -log p of answers and of texts, weighted."""
+    total = 0.0
     for rows in parts:
         batch = {key: value.to(model.device) for key, value in pad_rows(rows, 0).items()}
         targets = batch.pop("labels")[:, 1:]  # (R, L - 1)
@@ -283,9 +317,10 @@ def _text_loss(model, parts) -> torch.Tensor:
             F.cross_entropy(model.lm_head(hidden[chosen]), truth[chosen], reduction="sum")
             for chosen, truth in pairs
         ]
-        sums = sums + torch.stack(nll)
-        counts = counts + torch.stack([is_answer.sum(), is_text.sum()])
-    return (sums / counts.clamp(min=1)) @ sums.new_tensor([1.0, TEXT_WEIGHT])
+        loss = torch.stack(nll) @ nll[0].new_tensor(weights)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def _tokenize(tokenizer, captions):
@@ -315,13 +350,10 @@ def _steps(model, num_steps, hold: float = 0.0):
         yield step, optimizers
 
 
-def _update(model, optimizers, loss) -> float:
-    model.zero_grad()
-    loss.backward()
+def _step(model, optimizers) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    return loss.item()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Functions that run in processes of their own while others go on. Used in notebook 00."""
+"""Functions that run in processes of their own while others go on. Used in notebooks 00, 01, 05."""
 
 import logging
 import os
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 from logging.handlers import QueueHandler, QueueListener
 from multiprocessing import connection, get_context, parent_process
@@ -52,9 +53,38 @@ def compute_ahead(function, items, chunk: int = 20):
         yield from pool.map(function, items, chunksize=chunk)
 
 
+def map_forked(function, items, count: int, chunk: int = 4):
+    """Yields function(item) of all items in order, computed by `count` copies of this process, of
+    one CPU thread each; 1: by this process itself.
+
+    The copies are forked here, so that `function` may hold whatever it needs. Raises ValueError
+    where this process has used a GPU: its copies could not.
+    """
+    if count == 1:
+        yield from map(function, items)
+        return
+    if torch.cuda.is_initialized():
+        raise ValueError(f"num_processes = {count}: a process that uses a GPU cannot be copied; "
+                         "take 1")  # fmt: skip
+    own = count, get_context("fork"), _start_copy, (function,)
+    with ProcessPoolExecutor(*own) as pool:
+        yield from map(pickle.loads, pool.map(_call_own, items, chunksize=chunk))
+
+
 def _start_helper() -> None:
     stand_back()
-    _end_with_parent()
+    end_with_parent()
+
+
+def _start_copy(function) -> None:
+    global _function
+    _function = function
+    torch.set_num_threads(1)  # no other thread survives a fork
+    end_with_parent()
+
+
+def _call_own(item) -> bytes:
+    return pickle.dumps(_function(item))  # by value: torch would pass a file handle for each tensor
 
 
 def _start_worker(num_threads: int, lines) -> None:
@@ -62,10 +92,11 @@ def _start_worker(num_threads: int, lines) -> None:
     log = logging.getLogger("tlv")
     log.addHandler(QueueHandler(lines))
     log.setLevel(logging.INFO)
-    _end_with_parent()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process, which multiprocessing started, not outlive the one that did."""
     Thread(target=_await_parent, daemon=True).start()
 
 
