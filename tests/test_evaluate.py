@@ -186,6 +186,10 @@ def test_answers_do_not_depend_on_the_batch_and_keep_the_order(tiny, clips):
     options = dict(max_new_tokens=4)
     together = answering.generate_answers(model, processor, asked, clips, batch_size=7, **options)
     alone = answering.generate_answers(model, processor, asked, clips, batch_size=1, **options)
+    shared = answering.generate_answers(
+        model, processor, asked, clips, batch_size=1, num_processes=2, **options
+    )
+    assert shared == alone
     assert [a.text for a in together] == [a.text for a in alone]
     sure, again = [a.confidence for a in together], [a.confidence for a in alone]
     assert sure == pytest.approx(again, abs=1e-4)
