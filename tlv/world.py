@@ -10,7 +10,6 @@ Taught in notebook 00. Questions and captions about a scene: `tlv.questions`. Pl
 """
 
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 
 import numpy as np
 
@@ -165,14 +164,19 @@ def sample_scene(
     whole scene, so each thing's place stays uniform on the torus whatever its direction.
     """
     # Number and sizes are fixed first: redrawing would prefer few and small things.
-    sizes = [str(s) for s in rng.choice(list(SIZES), size=num_things or _draw_number(rng, shares))]
+    sizes = [_pick(rng, list(SIZES)) for _ in range(num_things or _draw_number(rng, shares))]
     while True:
-        scene = _draw(rng, pairs, must_have, sizes, event_share)
-        frames = np.arange(scene.num_frames)
-        if not scene.is_still and all(
-            torus_distance(a, b, frames).min() > SIZES[a.size] + SIZES[b.size] + 1
-            for a, b in combinations(scene.things, 2)
-        ):
+        num_frames = int(rng.integers(MIN_SECONDS * FPS, MAX_SECONDS * FPS + 1))
+        things = _draw_things(rng, sizes, num_frames)
+        if things is None:
+            continue
+        looks = _draw_looks(rng, pairs, must_have, len(sizes))
+        things = [replace(t, colour=c, shape=s) for t, (c, s) in zip(things, looks, strict=True)]
+        things.sort(key=lambda thing: (thing.y, thing.x))  # a clip has one caption, not many
+        scene = Scene(num_frames, tuple(things), (), draw_background(rng))
+        if len(sizes) >= 2 and rng.random() < event_share:
+            scene = replace(scene, events=_draw_events(rng, scene, pairs))
+        if not scene.is_still:
             return scene
 
 
@@ -184,27 +188,33 @@ def _draw_number(rng, shares) -> int:
     return 1 + int(rng.choice(len(shares), p=shares))
 
 
-def _draw(rng, pairs, must_have, sizes, event_share) -> Scene:
-    num_frames = int(rng.integers(MIN_SECONDS * FPS, MAX_SECONDS * FPS + 1))
-    chosen = [must_have[rng.integers(len(must_have))]] if must_have else []
-    for index in rng.permutation(len(pairs)).tolist():
-        if len(chosen) == len(sizes):
-            break
-        if all(pairs[index][0] != colour for colour, _ in chosen):
-            chosen.append(pairs[index])
-    things = []
-    for size, index in zip(sizes, rng.permutation(len(chosen)), strict=True):
+def _draw_things(rng, sizes, num_frames: int) -> list[Thing] | None:
+    """Things of these sizes, still without looks; None as soon as two of them would overlap."""
+    things, frames = [], np.arange(num_frames)
+    for size in sizes:
         direction = _pick(rng, list(DIRECTIONS)) if rng.random() < 0.65 else None
         # Under half a width over the clip, however long it lasts: on a torus, more than half of
         # one would look like a step the other way.
         speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
-        x, y = rng.uniform(0, SIZE, size=2)
-        things.append(Thing(*chosen[index], size, float(x), float(y), direction, float(speed)))
-    things.sort(key=lambda thing: (thing.y, thing.x))  # so that a clip has one caption, not many
-    scene = Scene(num_frames, tuple(things), (), draw_background(rng))
-    if len(sizes) >= 2 and rng.random() < event_share:
-        scene = replace(scene, events=_draw_events(rng, scene, pairs))
-    return scene
+        x, y = rng.uniform(0, SIZE, size=2).tolist()
+        new = Thing("", "", size, x, y, direction, speed)
+        for other in things:
+            reach = SIZES[size] + SIZES[other.size] + 1
+            if torus_distance(new, other, frames).min() <= reach:
+                return None
+        things.append(new)
+    return things
+
+
+def _draw_looks(rng, pairs, must_have, count: int) -> list[tuple[str, str]]:
+    """Colour and shape of each of `count` things, no colour twice, in random order."""
+    chosen = [_pick(rng, must_have)] if must_have else []
+    for index in rng.permutation(len(pairs)).tolist():
+        if len(chosen) == count:
+            break
+        if all(pairs[index][0] != colour for colour, _ in chosen):
+            chosen.append(pairs[index])
+    return [chosen[index] for index in rng.permutation(count)]
 
 
 def draw_background(rng) -> tuple[int, int, int]:
