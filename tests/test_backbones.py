@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("backbones")
     losses = backbones.train_backbones(
         out, seed=0, vision_steps=2, llm_steps=2, num_texts=60, vision_width=32,
-        vision_layers=2, llm_width=32, llm_layers=2, batch_size=8,
+        vision_layers=2, llm_width=32, llm_layers=2, batch_size=8, num_rows=2,
     ).wait()  # fmt: skip
     assert len(losses["vision"]) == len(losses["llm"]) == 2
     return out
@@ -73,7 +73,7 @@ def test_no_scene_that_the_backbones_learn_from_is_in_a_split(tmp_path, monkeypa
     monkeypatch.setattr(toy_data, "_write_clips", lambda *_: None)
     jobs = backbones.train_backbones(
         tmp_path, seed=0, vision_steps=2, llm_steps=6, num_texts=60, vision_width=32,
-        vision_layers=2, llm_width=32, llm_layers=2, batch_size=160,
+        vision_layers=2, llm_width=32, llm_layers=2, batch_size=160, num_rows=40,
     )  # fmt: skip
     sources = {"tokenizer": {json.dumps(scene.to_dict()) for scene in drawn}}
     for name, (train, settings) in jobs.items():
@@ -135,7 +135,7 @@ def test_training_frames_are_processed_as_the_saved_processor_does(folder):
 def test_equal_seeds_give_equal_weights(folder, tmp_path):
     backbones.train_backbones(
         tmp_path, seed=0, vision_steps=2, llm_steps=2, num_texts=60, vision_width=32,
-        vision_layers=2, llm_width=32, llm_layers=2, batch_size=8,
+        vision_layers=2, llm_width=32, llm_layers=2, batch_size=8, num_rows=2,
     ).wait()  # fmt: skip
     for name in ("vision/model.safetensors", "llm/model.safetensors", "llm/tokenizer.json"):
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
@@ -156,11 +156,12 @@ def test_the_model_of_the_preset_gpu_has_30_to_100_million_parameters(tmp_path):
     world_of, design = (load_params(ROOT / f"params/gpu/{name}.yaml")
                         for name in ("00_toy_world", "02_architecture"))
     tokenizer = backbones.train_tokenizer(["a red circle moves"])
-    common = dict(tokenizer=tokenizer, seed=0, num_steps=0, batch_size=4, device="cpu",
+    common = dict(tokenizer=tokenizer, seed=0, num_steps=0, device="cpu",
                   width=world_of["width"])  # fmt: skip
-    backbones.train_vision(tmp_path / "vision", num_layers=world_of["vision_layers"], **common)
+    backbones.train_vision(tmp_path / "vision", num_layers=world_of["vision_layers"],
+                           batch_size=4, **common)  # fmt: skip
     backbones.train_llm(tmp_path / "llm", num_layers=world_of["llm_layers"], template="plain",
-                        num_threads=1, **common)
+                        num_rows=1, num_threads=1, **common)
     fields = {k: v for k, v in design.items() if k not in ("seed", "world_dir")}
     model, _ = build_model(tmp_path / "vision", tmp_path / "llm", **fields)
     assert 30e6 < sum(p.numel() for p in model.parameters()) < 100e6

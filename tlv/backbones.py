@@ -38,8 +38,8 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
-ALONE_FROM = 0.64  # share of the LLM's steps after which the encoder was seen to be done
-ROWS_TOGETHER = 4  # texts of like length, of 16, that the LLM reads in one pass: less padding
+ALONE_FROM = 0.61  # share of the LLM's steps after which the encoder was seen to be done
+ROWS_TOGETHER = 4  # texts of like length that the LLM reads in one pass: less padding
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
 
@@ -56,14 +56,16 @@ def train_backbones(
     llm_width: int = 128,
     llm_layers: int = 6,
     batch_size: int = 64,
+    num_rows: int = 14,
     device: str = "cpu",
 ) -> Background:
     """Start to train image encoder and language model; `wait` of the result gives the loss curves.
 
     They are written to `vision/` and `llm/` below `out_dir`. `num_texts` documents train the
-    tokenizer. Encoder and language model know nothing of each other: each is trained in a process
-    of its own, with half of the CPU threads. The language model takes longer and goes first; for
-    its last steps, when the encoder is done, it takes all of them, each for a process.
+    tokenizer; a step sees `batch_size` images, or `num_rows` texts with all their turns. Encoder
+    and language model know nothing of each other: each is trained in a process of its own, with
+    half of the CPU threads. The language model takes longer and goes first; for its last steps,
+    when the encoder is done, it takes all of them, each for a process.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -71,14 +73,15 @@ def train_backbones(
     lessons = [corpus.write_lesson(rng, i / num_texts) for i in range(num_texts)]
     texts = [templates.render([turn], template) for turns in lessons for turn in turns]
     texts += [questions.frame_caption(facts) for facts in corpus.write_frames(rng, num_texts)[1]]
-    shared = dict(tokenizer=train_tokenizer(texts), seed=seed, batch_size=batch_size, device=device)
+    shared = dict(tokenizer=train_tokenizer(texts), seed=seed, device=device)
     llm = dict(
         out_dir=Path(out_dir) / "llm", num_steps=llm_steps, width=llm_width,
-        num_layers=llm_layers, template=template, num_threads=torch.get_num_threads(), **shared,
+        num_layers=llm_layers, num_rows=num_rows, template=template,
+        num_threads=torch.get_num_threads(), **shared,
     )  # fmt: skip
     vision = dict(
         out_dir=Path(out_dir) / "vision", num_steps=vision_steps, width=vision_width,
-        num_layers=vision_layers, **shared,
+        num_layers=vision_layers, batch_size=batch_size, **shared,
     )  # fmt: skip
     jobs = {"llm": (train_llm, llm), "vision": (train_vision, vision)}
     return Background(jobs, num_threads=max(1, torch.get_num_threads() // 2))
@@ -192,7 +195,7 @@ def train_llm(
     tokenizer,
     seed,
     num_steps,
-    batch_size,
+    num_rows,
     width,
     num_layers,
     template,
@@ -218,13 +221,13 @@ def train_llm(
     model = Qwen2ForCausalLM(config).to(device)
     # Words on the scale of video tokens, which the resampler's LayerNorm and positions set to one.
     model.model.embed_tokens.weight.data.normal_(std=0.7)
-    write = partial(write_step, seed=seed, num_steps=num_steps, num_texts=batch_size // 4,
+    write = partial(write_step, seed=seed, num_steps=num_steps, num_rows=num_rows,
                     template=template, tokenizer=tokenizer)  # fmt: skip
     batches = compute_ahead(write, range(num_steps))
     steps = _steps(model, num_steps, hold=0.6)
     alone_from = int(ALONE_FROM * num_steps)  # by step and not by clock: every run adds up alike
     losses = _learn_texts(model, islice(steps, alone_from), batches)
-    num_ranks = min(num_threads, math.ceil(batch_size // 4 / ROWS_TOGETHER))
+    num_ranks = min(num_threads, math.ceil(num_rows / ROWS_TOGETHER))
     rest = partial(_learn_texts, model, steps, batches)
     losses += run_forked(rest, num_ranks if device == "cpu" else 1)
     model.save_pretrained(Path(out_dir))
@@ -232,10 +235,10 @@ def train_llm(
     return losses
 
 
-def write_step(step: int, *, seed, num_steps, num_texts, template, tokenizer) -> list[dict]:
+def write_step(step: int, *, seed, num_steps, num_rows, template, tokenizer) -> list[dict]:
     """The rows of one step of the LLM's training, one text and all turns about it each."""
     rng = np.random.default_rng([seed, 2, step])
-    lessons = [corpus.write_lesson(rng, step / num_steps) for _ in range(num_texts)]
+    lessons = [corpus.write_lesson(rng, step / num_steps) for _ in range(num_rows)]
     rows = [
         isolate([chat.encode([turn], template, tokenizer) for turn in turns]) for turns in lessons
     ]
