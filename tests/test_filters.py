@@ -49,23 +49,6 @@ def test_unreadable_files_are_named_for_what_they_are(tmp_path):
         assert not keep and reason in why
 
 
-def test_several_processes_find_what_one_does(tmp_path):
-    names = [f"{i}.mp4" for i in range(4)]
-    for i, name in enumerate(names):
-        write(tmp_path / name, scene(i))
-    (tmp_path / names[2]).write_bytes(b"")
-    for embed in (None, lambda frames: torch.from_numpy(frames[:2].mean((1, 2)))):  # (2, 3)
-        one, two = (
-            filters.inspect_clips(tmp_path, names, embed, timeout_s=60.0, num_processes=count)
-            for count in (1, 2)
-        )
-        assert list(one) == list(two) == names and two[names[2]].error
-        for name in (n for n in names if not one[n].error):
-            assert one[name].digest == two[name].digest
-            assert np.array_equal(one[name].signature, two[name].signature)
-            assert embed is None or torch.equal(one[name].embeddings, two[name].embeddings)
-
-
 def test_duration_bounds_are_inclusive():
     assert filters.has_duration(ClipFacts(duration=2.0), 2, 8)[0]
     assert filters.has_duration(ClipFacts(duration=8.0), 2, 8)[0]

@@ -1,4 +1,4 @@
-"""Functions that run in processes of their own while others go on. Used in notebooks 00, 01, 05."""
+"""Functions that run in processes of their own. Used in notebooks 00 and 05."""
 
 import logging
 import os

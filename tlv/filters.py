@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from tlv.ahead import read_ahead
-from tlv.background import map_forked
 from tlv.chat import odd_turns, parse_conversation
 from tlv.templates import ConversationError
 from tlv.video import Clip, VideoError
@@ -43,27 +42,18 @@ class ClipFacts:
 
 
 def inspect_clips(videos_dir, names, embed: Callable | None = None, num_frames: int = 16,
-                  timeout_s=None, progress: Callable = iter,
-                  num_processes: int = 1) -> dict[str, ClipFacts]:  # fmt: skip
+                  timeout_s=None, progress: Callable = iter) -> dict[str, ClipFacts]:  # fmt: skip
     """Decode `num_frames` frames of each clip, first and last among them, and keep the facts.
 
     embed: frames (T, H, W, 3) uint8 -> unit vectors (T', D); see `frame_embedder`. `progress` wraps
-    the names (tqdm). Several processes of one thread each share the clips where `num_processes`
-    says so: for a small encoder on a CPU. A clip that cannot be decoded gives facts with `error`
-    set. Notebook 01.
+    the names (tqdm). A clip that cannot be decoded gives facts with `error` set. Notebook 01.
     """
 
     def read(name):
         return sample_frames_within(timeout_s, Path(videos_dir) / name, num_frames=num_frames)
 
-    def look(name):
-        return next(_facts(clip, embed) for clip in read_ahead(read, [name]))
-
-    if num_processes > 1:
-        found = map_forked(look, names, num_processes)
-    else:
-        found = (_facts(clip, embed) for clip in read_ahead(read, names))
-    return dict(zip(progress(names), found, strict=True))
+    clips = zip(progress(names), read_ahead(read, names), strict=True)
+    return {name: _facts(clip, embed) for name, clip in clips}
 
 
 def _facts(clip: Clip | VideoError, embed: Callable | None) -> ClipFacts:
