@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 
 help: ## print this list
 	@echo "make repro, then make test. All targets:"
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-11s%s\n", $$1, $$2}'
 
 venv: ## build .venv from requirements.txt (about 4 GB with GPU wheels; once)
 	@if cmp -s requirements.txt .venv/installed.txt; then exit 0; fi; set -e; \

@@ -38,8 +38,10 @@ def test_the_fingerprint_knows_settings_ranks_inputs_and_code(config, tmp_path, 
     make(tmp_path / "copy" / "tlv", "train.py", "")
     make(tmp_path / "copy" / "params", "deepspeed_zero0.json", "{}")
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "copy")  # other code
-    others.add(checkpoint.fingerprint(config, 1))
+    others.add(last := checkpoint.fingerprint(config, 1))
     assert len(others | {first}) == 6
+    (tmp_path / "copy" / "tlv" / "report.py").write_text("")  # which no training needs
+    assert checkpoint.fingerprint(config, 1) == last
 
 
 def test_unfinished_runs_live_outside_what_the_pipeline_deletes(tmp_path):

@@ -207,15 +207,21 @@ def test_the_architecture_is_shown_on_the_first_sample_that_is_good_and_no_text(
     assert seen["clip_path"] == folder / "1.mp4" and len(seen["clip"].frames) == 4
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"dtype": "float23"}, "dtype = 'float23' must be 'float32', "),
-    ({"num_clips": -1}, "num_clips = -1 must be >= 0; 0 asks about all"),
+@pytest.mark.parametrize("number, given, message", [
+    (0, {"num_test": 0}, "num_test = 0 must be > 0"),
+    (0, {"width": 100}, "width = 100 must be a multiple of 32"),
+    (0, {"defect_share": 2.0}, "defect_share = 2.0 must be from 0 to 0.1"),
+    (1, {"seconds": [60.0, 1.5]}, r"seconds = \[60.0, 1.5\] must be \[shortest, longest\]"),
+    (1, {"num_words": [4]}, r"num_words = \[4\] must be \[fewest, most\]"),
+    (5, {"dtype": "float23"}, "dtype = 'float23' must be 'float32', "),
+    (5, {"num_clips": -1}, "num_clips = -1 must be >= 0; 0 asks about all"),
+    (5, {"batch_size": 0}, "batch_size = 0 must be > 0"),
 ])  # fmt: skip
-def test_a_wrong_parameter_of_the_evaluation_is_named(given, message):
-    defaults = notebooks.parameters(notebooks.read(notebooks.FOLDER / f"{NAMES[5]}.ipynb"))
+def test_a_wrong_parameter_is_named_where_a_notebook_is_set_up(number, given, message):
+    defaults = notebooks.parameters(notebooks.read(notebooks.FOLDER / f"{NAMES[number]}.ipynb"))
     values = {name: default for name, (default, _) in defaults.items()} | given
     with pytest.raises(ConfigError, match=message):
-        exec(find_cell(NAMES[5], "smoke.checkpoint(model_dir)"), values)
+        exec(find_cell(NAMES[number], "torch.set_num_threads(num_threads)"), values)
 
 
 @pytest.mark.slow

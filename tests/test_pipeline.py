@@ -20,6 +20,7 @@ import yaml
 from clone import commit, environment, make_clone, repro, run, stages, use_preset
 
 from tlv import ROOT, checkpoint, notebooks, pipeline
+from tlv.imports import modules_needed
 
 pytestmark = pytest.mark.slow
 NAMES = [name for name in stages() if not name.startswith("image_")]
@@ -218,6 +219,13 @@ def test_files_named_in_params_are_dependencies(name, preset):
         assert not in_repository or covered, f"{path}: `{value}` is no dependency of {name}"
 
 
+def test_any_of_the_zero_files_may_be_named():
+    files = {f"params/{path.name}" for path in (ROOT / "params").glob("deepspeed_zero*.json")}
+    for name, stage in stages().items():
+        listed = files & set(stage["deps"])
+        assert not listed or listed == files, f"{name} depends on some of {sorted(files)} alone"
+
+
 def test_every_notebook_has_its_stages():
     listed = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["code"]["foreach"]
     assert listed == NAMES
@@ -231,7 +239,7 @@ def test_modules_are_followed_through_imports_and_names(tmp_path):
              "smoke": "from tlv import unused", "unused": ""}  # fmt: skip
     for name, code in files.items():
         (tmp_path / "tlv" / f"{name}.py").write_text(code)
-    needed = pipeline.modules_needed("from tlv.a import f\nfrom tlv import launch, smoke", tmp_path)
+    needed = modules_needed("from tlv.a import f\nfrom tlv import launch, smoke", tmp_path)
     assert needed == [f"tlv/{n}.py" for n in ["__init__", "a", "b", "c", "launch", "train"]]
 
 

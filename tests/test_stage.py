@@ -61,6 +61,7 @@ def write(root, body="print(seed)", params="seed: 3\n"):
     ("is_fast: 1", "is int, must be bool"),
     ("parts: llm", "is str, must be list"),
     ("limit: none", "must be float or NoneType or int"),
+    ("num_threads: -1", "`num_threads: -1` must be at least 0"),
     ("out_dir: here", "remove `out_dir`; the stage sets outputs/tiny/00_x"),
     ("- seed", "must be a mapping"),
     ("a: b: c", "not valid YAML"),
@@ -69,6 +70,13 @@ def test_wrong_parameter_is_named_with_its_file(root, text, message):
     write(root, params=text)
     with pytest.raises(ValueError, match=f"params/tiny/00_x.yaml: .*{message}"):
         stage.load_stage_params("00_x", "tiny", notebook())
+
+
+def test_a_missing_parameter_that_makes_a_run_a_real_one_is_named(root):
+    write(root, params="seed: 3\n")
+    own = notebook(parameters=PARAMETERS + "num_steps = 3\nnum_epochs: int | None = None\n")
+    with pytest.raises(NotebookError, match="00_x.yaml: `num_steps` is missing; its default 3"):
+        stage.load_stage_params("00_x", "tiny", own)
 
 
 def test_right_parameters_pass(root):

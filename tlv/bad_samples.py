@@ -43,7 +43,7 @@ class BadSamples:
         return [{"split": split, **asdict(sample)}
                 for (split, _), sample in sorted(self.found.items())]
 
-    def check(self, split: str, num_seen: int, num_samples: int) -> None:
+    def check(self, split: str, num_seen: int, num_samples: int, manifest) -> None:
         """Raise TooManyBadSamples when the share of skipped ones exceeds the limit."""
         bad = [sample for (where, _), sample in self.found.items()
                if where == split and not sample.is_used]
@@ -51,6 +51,6 @@ class BadSamples:
         if len(bad) > self.max_share * seen:
             examples = "\n".join(f"  {sample.id}: {sample.reason}" for sample in bad[:5])
             raise TooManyBadSamples(
-                f"{len(bad)} bad {split} samples among {seen}: more than max_bad_share = "
-                f"{self.max_share:g}. Filter the manifest (notebook 01) or raise the limit. "
-                f"The first ones:\n{examples}")
+                f"{manifest}: {len(bad)} bad {split} samples among {seen}: more than "
+                f"max_bad_share = {self.max_share:g}. Filter the manifest (notebook 01) or raise "
+                f"the limit. The first ones:\n{examples}")

@@ -19,6 +19,7 @@ import torch
 from tlv import ROOT
 from tlv.config import as_dict, resolve
 from tlv.files import write_json
+from tlv.imports import modules_needed
 
 STEP = re.compile(r"step-(\d+)")
 
@@ -32,13 +33,16 @@ def _hash_file(path: Path) -> str:
 
 
 def fingerprint(config, world_size: int) -> str:
-    """16 hex digits of settings, number of ranks, annotations, model folder, code and versions."""
+    """16 hex digits of settings, number of ranks, annotations, model folder, code and versions.
+
+    Of the code, what training needs: a run goes on, and its report stays, when all else changes.
+    """
     inputs = [config.data, config.val_data, config.zero_config]
     files = [resolve(p) for p in inputs if p is not None]
     files += sorted(p for p in resolve(config.model_dir).rglob("*") if p.is_file())
     adapter = config.adapter_dir and resolve(config.adapter_dir)
     files += sorted(p for p in adapter.rglob("*") if p.is_file()) if adapter else []
-    files += sorted((ROOT / "tlv").glob("*.py"))
+    files += [ROOT / name for name in modules_needed("import tlv.train", ROOT)]
     parts = [as_dict(config), world_size, torch.__version__, [_hash_file(p) for p in files]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -27,6 +27,12 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names the file, the key, the value, the remedy."""
 
 
+def require(is_right, name: str, value, what: str) -> None:
+    """Raise ConfigError for a notebook's parameter that is not `what` it must be."""
+    if not is_right:
+        raise ConfigError(f"parameters: {name} = {value!r} must be {what}")
+
+
 # ---- reading --------------------------------------------------------------------------------
 
 

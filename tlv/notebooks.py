@@ -31,6 +31,7 @@ from tlv.costs import banner_table, record_cost
 from tlv.files import write_text
 from tlv.notebook_style import lint
 
+COUNT = re.compile(r"^num_|_steps$|_size$|_layers$|^width$")  # parameters that are never negative
 FOLDER = ROOT / "notebooks"
 # What makes two runs on one machine equal: no clocks, no random hashes, no progress bars drawn by
 # others, no network. Thread counts are added by the caller.
@@ -117,6 +118,8 @@ def check_parameters(values: dict, notebook, source: str, where: str) -> None:
             )
         default, types = known[name]
         if type(value) in types:
+            if COUNT.search(name) and type(value) is int and value < 0:
+                raise NotebookError(f"{source}: `{name}: {value}` must be at least 0")
             continue
         wanted = " or ".join(t.__name__ for t in types)
         raise NotebookError(

@@ -7,6 +7,7 @@ outputs/tiny/NN_name/run.ipynb.
 import argparse
 import logging
 import os
+import re
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ from tlv.config import ConfigError, load_params
 from tlv.costs import record_cost
 from tlv.notebooks import NotebookError
 
+SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips)$")  # what makes a run a real one
 START_ATTEMPTS = 2  # a kernel now and then fails to start on a busy machine
 
 
@@ -32,6 +34,10 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
     values["out_dir"] = f"outputs/{preset}/{name}"
     notebooks.check_parameters(values, notebook, source, where)
     for key, (default, _) in notebooks.parameters(notebook, where).items():
+        if SCALE.search(key) and default is not None and key not in values:
+            raise NotebookError(
+                f"{source}: `{key}` is missing; its default {default} in {where} is the smoke run's"
+            )
         value = values.get(key, default)
         if isinstance(value, str) and value.startswith("outputs/scratch"):
             raise NotebookError(f"{source}: set `{key}`; its default {value} is the smoke run's")

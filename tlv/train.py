@@ -97,7 +97,7 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
 
     def validate() -> float:
         loss = measure_loss(engine, val_data, val_batches, config, bad, ranks)
-        bad.check("val", len(val_samples), len(val_samples))
+        bad.check("val", len(val_samples), len(val_samples), config.val_data)
         return loss
 
     if config.val_every and first_step == 0:
@@ -111,7 +111,7 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     for step in range(first_step, num_steps):
         micro_batches = [next(loader) for _ in range(config.grad_accum_steps)]
         num_tokens = count_answers(micro_batches, "train", bad, ranks)
-        bad.check("train", (step + 1) * global_batch, len(samples))
+        bad.check("train", (step + 1) * global_batch, len(samples), config.data)
         rates = set_learning_rates(engine, step, num_steps, warmup_steps)
         loss, grad_norm = None, None
         if num_tokens:  # else every sample of the global batch is bad: no rank takes this step
