@@ -6,7 +6,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 from tlv import ROOT, backbones, corpus, questions, toy_data, world
 from tlv.builders import build_model
@@ -150,6 +156,10 @@ def test_the_folders_load_through_the_auto_classes_and_can_be_measured(folder):
     assert 0 <= found["top1"] <= found["top5"] <= 1
     read = backbones.measure_reading(llm, tokenizer, "plain", seed=0, num_scenes=6)
     assert set(read) <= set(questions.TYPES) and "count" in read
+
+
+def test_the_llm_has_positions_for_two_thousand_tokens(folder):
+    assert AutoConfig.from_pretrained(folder / "llm").max_position_embeddings >= 2048
 
 
 def test_the_model_of_the_preset_gpu_has_30_to_100_million_parameters(tmp_path):

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import requires
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from tlv import ROOT, __version__
 
@@ -41,6 +43,24 @@ def test_every_dependency_is_pinned_and_no_gpu_wheel_is():
     assert {name(d) for d in project()["dependencies"]} <= set(pins())
     assert not [n for n in pins() if GPU_ONLY.match(n)], "torch brings its own GPU wheels"
     assert pins()["torch"] == "2.13.0" and pins()["transformers"].startswith("5.")
+
+
+def test_whatever_a_dependency_needs_here_is_pinned_too():
+    todo = [Requirement(text) for text in project()["dependencies"]]
+    seen, unpinned = set(), set()
+    while todo:
+        needed = todo.pop()
+        if needed in seen or GPU_ONLY.match(name(needed.name)):
+            continue  # a CUDA build of torch names its own GPU wheels
+        seen.add(needed)
+        if name(needed.name) not in pins():
+            unpinned.add(str(needed))
+            continue
+        for theirs in map(Requirement, requires(needed.name) or []):
+            extras = ("", *needed.extras)  # "": what is needed without any
+            if not theirs.marker or any(theirs.marker.evaluate({"extra": e}) for e in extras):
+                todo.append(theirs)
+    assert len(seen) > 100 and not unpinned
 
 
 def test_installed_packages_are_the_pinned_ones():

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -438,6 +439,7 @@ def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch, tmp_
     shown = capsys.readouterr().err
     assert path == Path(config.out_dir) / "checkpoint" and (path / "config.json").is_file()
     assert "starting clean" in shown and "samples/s" in shown and "8/8" in shown
+    assert re.search(r"<\d\d:\d\d", shown)  # the time left
     in_process = configure("here", num_steps=2)
     run(in_process)
     assert contents(in_process) == contents(config)

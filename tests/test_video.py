@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import pytest
 
@@ -168,6 +169,39 @@ def test_read_frames_keeps_the_order_asked_for(clip_path):
     assert numbers(video.read_frames(clip_path, [40, 3, 3, 59])) == [40, 3, 3, 59]
     with pytest.raises(VideoError, match="frame 60 was asked for, it has frames 0 to 59"):
         video.read_frames(clip_path, [0, 60])
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Which frames each reader is asked for: [(its name, their numbers)]."""
+    calls, get_batch, pyav = [], decord.VideoReader.get_batch, video._decode_with_pyav
+
+    def by_decord(self, indices):
+        calls.append(("decord", list(indices)))
+        return get_batch(self, indices)
+
+    def by_pyav(path, index, numbers):
+        calls.append(("PyAV", list(numbers)))
+        return pyav(path, index, numbers)
+
+    monkeypatch.setattr(decord.VideoReader, "get_batch", by_decord)
+    monkeypatch.setattr(video, "_decode_with_pyav", by_pyav)
+    return calls
+
+
+def test_decord_alone_is_asked_for_the_frames_needed_each_once(clip_path, asked):
+    video.read_frames(clip_path, [40, 3, 3, 59])
+    video.sample_frames(clip_path, num_frames=4)
+    assert asked == [("decord", [3, 40, 59]), ("decord", [0, 19, 39, 59])]
+
+
+def test_pyav_reads_the_frames_needed_where_decord_raises(clip_path, asked, monkeypatch):
+    def fail(self, indices):
+        raise decord.DECORDError("it cannot")
+
+    monkeypatch.setattr(decord.VideoReader, "get_batch", fail)
+    assert numbers(video.read_frames(clip_path, [40, 3, 3])) == [40, 3, 3]
+    assert asked == [("PyAV", [3, 40])]
 
 
 @pytest.mark.parametrize("timeout_s", [None, 30])

@@ -3,11 +3,12 @@
 import json
 import re
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
-from tlv import defects, questions, world
+from tlv import defects, questions, toy_data, world
 from tlv.chat import parse_conversation
 from tlv.evaluate import extract_choice
 from tlv.filters import caption_of, is_good_caption, is_well_formed
@@ -30,13 +31,33 @@ def card(tmp_path_factory):
     return read_card(folder)
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A larger world in words: its clips are not written."""
+    folder = tmp_path_factory.mktemp("told")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_data, "_write_clips", lambda *_: None)
+        make_world(folder, seed=3, num_train=200, num_val=60, num_test=30, defect_share=0.05)
+    return read_card(folder)
+
+
 def truth_of(card):
     return json.loads(card["truth"].read_text())["defects"]
 
 
 def scene_of(told: dict) -> world.Scene:
     things = tuple(world.Thing(**thing) for thing in told["things"])
-    return world.Scene(told["num_frames"], things, tuple(world.Event(**e) for e in told["events"]))
+    events = tuple(world.Event(**event) for event in told["events"])
+    return world.Scene(told["num_frames"], things, events, tuple(told["background"]))
+
+
+def scenes_of(card) -> dict[str, world.Scene]:
+    told = json.loads(card["truth"].read_text())["scenes"]
+    return {name: scene_of(scene) for name, scene in told.items()}
+
+
+def texts_of(samples) -> str:
+    return "\n".join(turn["value"] for s in samples for turn in s["conversations"]).lower()
 
 
 # ---- scenes and frames ----------------------------------------------------------------------
@@ -224,6 +245,56 @@ def test_every_kind_of_defect_is_planted_in_its_share(card):
         assert kinds[kind] == per_clip
 
 
+def test_one_training_clip_in_twenty_is_clean_but_looks_like_a_defect(told):
+    truth, scenes = truth_of(told), scenes_of(told)
+    pool = json.loads(told["raw_captions"].read_text())
+    planted = {s["id"] for s in pool if truth.get(s["id"], {}).get("kind") in defects.CLIP_DEFECTS}
+    clean = [scenes[sample["video"]] for sample in pool if sample["id"] not in planted]
+    slow = [scene for scene in clean if not scene.is_still and not scene.events
+            and all(t.speed * scene.num_frames < 0.2 * world.SIZE for t in scene.things)]
+    looks = {(scene.background, *sorted(t.pair for t in scene.things)) for scene in clean}
+    assert len(clean) == 200 and len(slow) == 5
+    assert len(looks) == 195  # as many show the things and the background of another clip
+
+
+def test_nothing_that_is_written_for_training_shows_a_held_out_pair(told):
+    truth, scenes = truth_of(told), scenes_of(told)
+    kinds = {sample_id: entry["kind"] for sample_id, entry in truth.items()}
+    for key in ("raw_captions", "raw_qa", "val_captions", "val_qa"):
+        samples = json.loads(told[key].read_text())
+        samples = [s for s in samples if kinds.get(s["id"]) != "leaked_test_clip"]
+        # Shuffled words may stand anyhow; that they are their own clip's is tested below.
+        ordered = [s for s in samples if kinds.get(s["id"]) != "degenerate_caption"]
+        for colour, shape in world.HELD_OUT_PAIRS:
+            assert f"{colour} {shape}" not in texts_of(ordered), key
+            shown = [s["video"] for s in samples if (colour, shape) in scenes[s["video"]].pairs()]
+            assert not shown, key
+
+
+def test_every_test_question_is_asked_once_in_each_form(told):
+    asked = json.loads(told["test_questions"].read_text())
+    forms = {}
+    for question in asked:
+        text = question["question"].split("\n")[0]  # without the options
+        forms.setdefault((question["video"], question["type"], text), []).append(question["form"])
+    assert all(sorted(found) == ["choice", "free"] for found in forms.values())
+
+
+def test_many_processes_write_the_bytes_that_one_writes(tmp_path, monkeypatch):
+    rng, pools = np.random.default_rng(0), []
+    monkeypatch.setattr(toy_data, "ProcessPoolExecutor",
+                        lambda *args: pools.append(args) or ProcessPoolExecutor(*args))
+    scenes = [world.Scene(8, world.sample_scene(rng).things) for _ in range(200)]  # short ones
+    clips = [toy_data.Entry(scene, f"{i}.mp4") for i, scene in enumerate(scenes)]
+    for name, part in (("one", clips[:100]), ("one", clips[100:]), ("many", clips)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        toy_data._write_clips(tmp_path / name, part, [], rng)
+    assert len(pools) == 1  # a hundred clips are not worth starting any
+    for clip in clips:
+        one, many = (tmp_path / name / clip.name for name in ("one", "many"))
+        assert one.read_bytes() == many.read_bytes()
+
+
 def test_neither_a_name_nor_the_order_says_what_is_planted(card):
     """No correlation beyond three standard deviations of chance, in any annotation file."""
     truth = truth_of(card)
@@ -242,8 +313,7 @@ def test_defects_are_what_they_say(card):
     samples = {
         s["id"]: s for key in ("raw_captions", "raw_qa") for s in json.loads(card[key].read_text())
     }
-    told = json.loads(card["truth"].read_text())["scenes"]
-    scenes = {name: scene_of(scene) for name, scene in told.items()}
+    scenes = scenes_of(card)
     held_out = {q["video"] for q in json.loads(card["test_questions"].read_text())}
     held_out = [read_frames(videos / name).astype(int) for name in held_out]
     for sample_id, entry in truth.items():
