@@ -38,7 +38,7 @@ IMAGE_SIZE, PATCH_SIZE = 48, 8  # pixels: 6 x 6 patches a frame
 CAPTION_WEIGHT = 0.2  # a whole caption has many wrong frames, which would drown its words
 TEXT_WEIGHT = 0.5  # of a text in the LLM's loss: what repeats in it teaches to look back
 MUON_LR, ADAMW_LR = 2e-3, 1e-3  # peaks; of the layers' matrices, and of all else
-ALONE_FROM = 0.61  # share of the LLM's steps after which the encoder was seen to be done
+ALONE_FROM = 0.54  # share of the LLM's steps after which the encoder was seen to be done
 ROWS_TOGETHER = 4  # texts of like length that the LLM reads in one pass: less padding
 TEXT_LENGTH = 24  # tokens of a frame caption, padded: SigLIP reads its text vector at the last one
 
@@ -56,7 +56,7 @@ def train_backbones(
     llm_width: int = 128,
     llm_layers: int = 6,
     batch_size: int = 64,
-    num_rows: int = 14,
+    num_rows: int = 16,
     device: str = "cpu",
 ) -> Background:
     """Start to train image encoder and language model; `wait` of the result gives the loss curves.
