@@ -122,7 +122,7 @@ def test_the_committed_world_and_model_reach_their_goals(head):
     assert len(margins) == 8 * 3  # of a type together, freely, as multiple choice
     whole = [margin for key, margin in margins.items() if key.count("/") == 2]
     assert len(whole) == 8 and min(whole) >= 0.25, margins
-    assert min(margins.values()) >= 0.25, margins  # of each form too
+    assert min(margins.values()) >= 0.2, margins  # in one form alone: half as many questions
     long = report.metrics_of("tiny", "06_long_video")
     assert long["accuracy/dks_dfm"] - long["accuracy/chance"] >= 0.3
     assert long["accuracy/dks_dfm"] - long["accuracy/uniform"] >= 0.15
