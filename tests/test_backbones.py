@@ -75,6 +75,7 @@ def test_no_scene_that_the_backbones_learn_from_is_in_a_split(tmp_path, monkeypa
     monkeypatch.setattr(backbones, "Background", lambda jobs, **_: jobs)  # none is started
     monkeypatch.setattr(backbones, "compute_ahead", map)
     monkeypatch.setattr(backbones, "_add_text_gradient", lambda *_: 0.0)  # drawing is enough
+    monkeypatch.setattr(backbones, "sum_gradients", lambda model, loss: loss)
     monkeypatch.setattr(backbones, "run_forked", lambda function, count: function())
     monkeypatch.setattr(backbones, "_step", lambda *_: None)
     monkeypatch.setattr(toy_data, "_write_clips", lambda *_: None)

@@ -21,6 +21,7 @@ from clone import commit, environment, make_clone, repro, run, stages, use_prese
 
 from tlv import ROOT, checkpoint, notebooks, pipeline
 from tlv.imports import modules_needed
+from tlv.stage import SCALE
 
 pytestmark = pytest.mark.slow
 NAMES = [name for name in stages() if not name.startswith("image_")]
@@ -253,9 +254,12 @@ def real(tmp_path_factory):
     folder = make_clone(tmp_path_factory.mktemp("real") / "clone")
     params = {}
     for name in map(own_folder, NAMES + IMAGE):
+        notebook = notebooks.read(folder / f"notebooks/{name.split('/')[-1]}.ipynb")
+        defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
+        scale = {key: defaults[key] for key in defaults if SCALE.search(key)}
         values = yaml.safe_load((folder / f"params/tiny/{name}.yaml").read_text()) or {}
         design = ("manifest_dir", "connector_type", "num_frames") if "/" in name else ()
-        params[name] = {
+        params[name] = scale | {
             key: yaml.safe_load(yaml.safe_dump(value).replace("outputs/tiny/", "outputs/smoke/"))
             for key, value in values.items()
             if key in design or "outputs/tiny/" in str(value)

@@ -395,7 +395,7 @@ def test_what_stops_two_ranks_is_said_once(configure, tmp_path):
     with pytest.raises(LaunchError) as error:
         launch(config, LaunchConfig(num_ranks=2))
     said = str(error.value)
-    assert said.startswith("2 bad train samples among 8: more than max_bad_share = 0.1. Filter")
+    assert "data.json: 2 bad train samples among 8: more than max_bad_share = 0.1. Filter" in said
     assert said.count("3.mp4: not a readable video") == 1 and "Traceback" not in said
 
 
