@@ -1,14 +1,19 @@
 """The pair that chooses frames: equal to the plain model, cached by content, clear refusals."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from tlv import selector as selector_module
+from tlv import video_child
 from tlv.mp4 import write_video
 from tlv.pretrained import ModelFolderError
 from tlv.selector import QueryError, load_selector
-from tlv.video import read_frames
+from tlv.video import VideoError, read_frames
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +81,15 @@ def test_a_clip_is_embedded_once_and_read_from_disk_after(selector, path, monkey
     assert selector.embed_clip(path, [0, 3, 5]).equal(first)
     moved = path.rename(path.with_name("other name.mp4"))
     assert selector.embed_clip(moved, [0, 3, 5]).equal(first)  # the bytes count, not the name
+
+
+def test_a_clip_that_hangs_the_decoder_is_given_up(selector, path, monkeypatch):
+    monkeypatch.setattr(selector_module, "PROBE_S", 0.3)
+    os.kill(video_child.child()._process.pid, signal.SIGSTOP)  # as one that never answers
+    with pytest.raises(VideoError, match="decoding took over 0.3 s"):
+        selector.embed_clip(path, [0, 3])
+    monkeypatch.undo()
+    assert len(selector.embed_clip(path, [0, 3])) == 2  # by a new child
 
 
 def test_nothing_stale_is_read(selector, path, clip_frames):
