@@ -32,7 +32,7 @@ def train_backbones(
     llm_width: int = 128,
     llm_layers: int = 6,
     batch_size: int = 64,
-    num_rows: int = 16,
+    num_rows: int = 12,
     device: str = "cpu",
 ) -> Background:
     """Start to train image encoder and language model; `wait` of the result gives the loss curves.

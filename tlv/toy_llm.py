@@ -24,8 +24,8 @@ from tlv.toy_steps import rated_steps, take_step
 
 LOG = logging.getLogger(__name__)
 TEXT_WEIGHT = 0.5  # of a text in the loss: what repeats in it teaches to look back
-ALONE_FROM = 0.54  # share of the steps after which the encoder has a few seconds left, or none
-ROWS_TOGETHER = 4  # texts of like length that are read in one pass: less padding
+ALONE_FROM = 0.62  # share of the steps after which the encoder has a few seconds left, or none
+ROWS_TOGETHER = 3  # texts of like length that are read in one pass: less padding
 
 
 def train_llm(
@@ -69,7 +69,8 @@ def train_llm(
     num_ranks = min(num_threads, math.ceil(num_rows / ROWS_TOGETHER))
     rest = partial(_learn_texts, model, steps, batches)
     losses += run_forked(rest, num_ranks if device == "cpu" else 1)
-    LOG.info(f"llm: {num_steps} steps, last loss {losses[-1]:.3f}")
+    if losses:
+        LOG.info(f"llm: {num_steps} steps, last loss {losses[-1]:.3f}")
     model.save_pretrained(Path(out_dir))
     tokenizer.save_pretrained(Path(out_dir))
     return losses
