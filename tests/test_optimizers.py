@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tlv.lora import add_adapters
-from tlv.optimizers import Muon, new_optimizer, orthogonalize, split_matrices
+from tlv.optimizers import Muon, new_optimizer, split_matrices
 from tlv.recipes import parameter_groups, set_trainable
 
 RATES = {"connector": 1e-3, "llm": 1e-4, "vision": None}
@@ -62,28 +62,14 @@ def test_a_step_is_as_long_as_one_of_adamw_in_every_direction(model):
             values = torch.linalg.svdvals(moved)
             unit = 0.2 * math.sqrt(max(moved.shape)) * RATES[
                 "connector" if name.startswith("connector") else "llm"]  # fmt: skip
-            assert 0.65 < values.median() / unit <= values.max() / unit < 1.3, name
+            assert 0.5 < values.min() / unit <= values.max() / unit < 1.3, name
         else:
             assert moved.any(), name
 
 
-def test_a_matrix_keeps_its_singular_vectors_and_gets_equal_values():
+def test_steps_are_those_of_torch_but_for_its_bfloat16():
     torch.manual_seed(0)
-    for shape in ((8, 24), (24, 8), (128, 128), (192, 128)):
-        left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-        matrix = left @ torch.linspace(0.1, 1, min(shape)).diag() @ right
-        found = left.T @ orthogonalize(matrix) @ right.T
-        assert (found - found.diag().diag()).abs().max() < 1e-3
-        assert 0.65 < found.diag().min() <= found.max() < 1.21
-    small = torch.diag(torch.tensor([1.0, 0.5, 0.001]))  # lifted some fortyfold, and no further
-    assert 0.03 < torch.linalg.svdvals(orthogonalize(small))[-1] < 0.05
-    assert not orthogonalize(torch.zeros(3, 4)).any()
-
-
-def test_steps_go_where_those_of_torch_go():
-    """torch's Muon multiplies in bfloat16, and five rounds: other lengths by up to a sixth."""
-    torch.manual_seed(0)
-    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 24), (24, 8), (9, 8))]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 24), (24, 8), (8, 8))]
                     for _ in range(2))  # fmt: skip
     optimizers = (Muon(ours, lr=0.1, weight_decay=0.1),
                   torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1,
@@ -95,9 +81,8 @@ def test_steps_go_where_those_of_torch_go():
         for optimizer in optimizers:
             optimizer.step()
     for p, other in zip(ours, theirs, strict=True):
-        mine, its = (x.detach().flatten() - 0.99**3 for x in (p, other))  # without the decay
-        assert torch.cosine_similarity(mine, its, dim=0) > 0.97
-        assert float(mine.norm()) == pytest.approx(float(its.norm()), rel=0.17)
+        torch.testing.assert_close(p, other, rtol=0, atol=0.01)
+        assert (p - 1).abs().max() > 0.1
 
 
 def test_vectors_are_no_matrices():

@@ -18,7 +18,7 @@ import torch.distributed as dist
 OPTIMIZERS = ("adamw", "muon")
 LAYER = re.compile(r"\.layers?\.")
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of X, X^3 and X^5: small singular values grow fastest
-NUM_ROUNDS = 3  # published: 5, from the norm of the matrix; three from that of its gram matrix do
+NUM_PRODUCTS = 5
 
 
 def split_matrices(model) -> tuple[list, list]:
@@ -29,25 +29,15 @@ def split_matrices(model) -> tuple[list, list]:
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """(m, n) -> (m, n): the same singular vectors, all but the smallest singular values near one.
-
-    Those that are not much smaller than the largest end between 0.7 and 1.2.
-    """
+    """(m, n) -> (m, n): the same singular vectors, all singular values near one (0.7 to 1.2)."""
+    a, b, c = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.float().T if is_tall else matrix.float()  # (short, long)
-    gram = x @ x.T  # (short, short)
-    norm = gram.norm().clamp(min=1e-14)  # the square of the largest singular value, or more
-    x, gram = x / norm.sqrt(), gram / norm
-    for _ in range(NUM_ROUNDS - 1):
-        x = _lift(x, gram)
-        gram = x @ x.T
-    x = _lift(x, gram)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(NUM_PRODUCTS):
+        gram = x @ x.T  # (short, short)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if is_tall else x
-
-
-def _lift(x, gram):
-    a, b, c = NEWTON_SCHULZ
-    return torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
 
 
 class Muon(torch.optim.Optimizer):
