@@ -9,7 +9,6 @@ Taught in notebook 00. Questions and captions about a scene: `tlv.questions`. Pl
 `tlv.defects`.
 """
 
-import math
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -198,22 +197,13 @@ def _draw_things(rng, sizes, num_frames: int) -> list[Thing] | None:
         # one would look like a step the other way.
         speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
         x, y = rng.uniform(0, SIZE, size=2).tolist()
-        reaches = [SIZES[size] + SIZES[other.size] + 1 for other in things]
-        # Most overlap from the first frame on: seen at once, without an array.
-        if any(_is_near(x - o.x, y - o.y, r) for o, r in zip(things, reaches, strict=True)):
-            return None
         new = Thing("", "", size, x, y, direction, speed)
-        for other, reach in zip(things, reaches, strict=True):
+        for other in things:
+            reach = SIZES[size] + SIZES[other.size] + 1
             if torus_distance(new, other, frames).min() <= reach:
                 return None
         things.append(new)
     return things
-
-
-def _is_near(dx: float, dy: float, reach: float) -> bool:
-    """Whether an offset is at most `reach` long, the short way round."""
-    half = SIZE / 2
-    return math.hypot((dx + half) % SIZE - half, (dy + half) % SIZE - half) <= reach
 
 
 def _draw_looks(rng, pairs, must_have, count: int) -> list[tuple[str, str]]:
