@@ -299,12 +299,18 @@ After this you can
 || ## References"""
 
 
+SETUP = """\
+import numpy as np
+print(f"seed {seed}, numpy {np.__version__}, writing to {out_dir}")"""
+
+
 def good_notebook():
     parameters = 'seed = 0  # any\nout_dir = "outputs/scratch/00_x"  # results'
     cells = [new_markdown_cell("# 00 · Title\nWhy?\n\n| run |\n|---|\n| smoke | |\n| tiny | |")]
     cells += [new_markdown_cell(text.strip()) for text in PROSE.split("||")]
-    cells += [new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-              new_code_cell("from tlv import viz\nviz.pipeline_strip('00')")]  # fmt: skip
+    cells.insert(3, new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    cells.insert(5, new_code_cell(SETUP))
+    cells.append(new_code_cell("from tlv import viz\nviz.pipeline_strip('00')"))
     for i in range(5):
         cells.append(new_code_cell(f"print({i})", metadata={"tags": ["nbval-check-output"]}))
         cells[-1].outputs = [new_output("stream", text=f"{i}\n")]
@@ -347,6 +353,10 @@ def change_last(**values):
     (replace("seed = 0", "seed = 1 + 2"), "`seed = 1 + 2` is no literal"),
     (replace("seed = 0", "sed = 0"), "must hold `seed`"),
     (replace("outputs/scratch", "outputs/tiny"), "below outputs/scratch"),
+    (replace("seed {seed}, ", ""), "## Setup prints no `{seed}`"),
+    (replace("{np.__version__}", "2"), "## Setup prints no `__version__`"),
+    (replace("writing to {out_dir}", ""), "## Setup prints no `{out_dir}`"),
+    (replace("## Setup", "## Start"), "## Setup prints no `{seed}`"),
     (replace("viz.pipeline_strip('00')", "1"), "pipeline strip is missing"),
     (replace("print(1)", "\n".join(["print(1)"] * 31)), "31 lines, at most 30"),
     (replace("print(2)", "!ls"), "a shell or magic command"),

@@ -40,6 +40,7 @@ def lint(path) -> list[str]:
     number = path.name[:2]
     problems = _file(path, notebook, cells, code, number)
     problems += _opening(cells, number) + _sections(prose) + _parameters(code, number)
+    problems += _setup(cells)
     problems += _rhythm(code, prose) + _code(code) + _outputs(code) + _exercises(prose)
     problems += _pictures(prose, path.parent)
     return problems
@@ -113,6 +114,19 @@ def _parameters(code, number) -> list[str]:
     if "seed" not in values or not str(values.get("out_dir", "")).startswith("outputs/scratch/"):
         found.append("parameters must hold `seed` and an `out_dir` below outputs/scratch/")
     return found
+
+
+def _setup(cells) -> list[str]:
+    """The section Setup prints what a run can be told by."""
+    source, is_setup = "", False
+    for cell in cells:
+        if cell["cell_type"] == "markdown" and (names := headings([cell])):
+            is_setup = names[-1] == "Setup"
+        elif cell["cell_type"] == "code" and is_setup:
+            source += cell["source"] + "\n"
+    lines = [line for line in source.splitlines() if line.strip().startswith("print(")]
+    return [f"## Setup prints no `{word}`" for word in ("{seed}", "__version__", "{out_dir}")
+            if not any(word in line for line in lines)]  # fmt: skip
 
 
 def _rhythm(code, prose) -> list[str]:
