@@ -14,9 +14,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-from tlv import ROOT, backbones, corpus, questions, toy_data, world
+from tlv import ROOT, backbones, corpus, questions, toy_data, toy_llm, toy_siglip, world
 from tlv.builders import build_model
 from tlv.config import load_params
+from tlv.ranks import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_siglip_loss_equals_the_sum_over_pairs():
         for i in range(3):
             logit = 2.0 * float(text[j] @ image[i]) - 1.0
             by_hand += np.log1p(np.exp(-logit if same[j, i] else logit)) / 3
-    loss = backbones.siglip_loss(image, text, torch.tensor(2.0).log(), torch.tensor(-1.0), same)
+    loss = toy_siglip.siglip_loss(image, text, torch.tensor(2.0).log(), torch.tensor(-1.0), same)
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -73,11 +74,11 @@ def test_no_scene_that_the_backbones_learn_from_is_in_a_split(tmp_path, monkeypa
 
     monkeypatch.setattr(world, "sample_scene", record)
     monkeypatch.setattr(backbones, "Background", lambda jobs, **_: jobs)  # none is started
-    monkeypatch.setattr(backbones, "compute_ahead", map)
-    monkeypatch.setattr(backbones, "_add_text_gradient", lambda *_: 0.0)  # drawing is enough
-    monkeypatch.setattr(backbones, "sum_gradients", lambda model, loss: loss)
-    monkeypatch.setattr(backbones, "run_forked", lambda function, count: function())
-    monkeypatch.setattr(backbones, "_step", lambda *_: None)
+    monkeypatch.setattr(toy_llm, "compute_ahead", map)
+    monkeypatch.setattr(toy_llm, "_add_text_gradient", lambda *_: 0.0)  # drawing is enough
+    monkeypatch.setattr(toy_llm, "run_forked", lambda function, count: function(ALONE))
+    for module in (toy_llm, toy_siglip):
+        monkeypatch.setattr(module, "take_step", lambda *_: None)
     monkeypatch.setattr(toy_data, "_write_clips", lambda *_: None)
     jobs = backbones.train_backbones(
         tmp_path, seed=0, vision_steps=2, llm_steps=6, num_texts=60, vision_width=32,
@@ -130,14 +131,14 @@ def test_every_skill_that_is_taught_alone_is_asked_in_both_forms():
 def test_the_longest_caption_fits_into_the_text_tower(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "vision")
     longest = questions.frame_caption([("large", "purple", "circle", "southeast")] * 3)
-    assert len(tokenizer(longest).input_ids) <= backbones.TEXT_LENGTH
+    assert len(tokenizer(longest).input_ids) <= toy_siglip.TEXT_LENGTH
 
 
 def test_training_frames_are_processed_as_the_saved_processor_does(folder):
     frames, _ = corpus.write_frames(np.random.default_rng(0), 4)
     processor = AutoImageProcessor.from_pretrained(folder / "vision")
     saved = processor(images=list(frames), return_tensors="pt").pixel_values
-    assert torch.allclose(backbones.to_pixels(frames), saved, atol=1e-6)
+    assert torch.allclose(toy_siglip.to_pixels(frames), saved, atol=1e-6)
 
 
 def test_equal_seeds_give_equal_weights(folder, tmp_path):
@@ -154,9 +155,9 @@ def test_the_folders_load_through_the_auto_classes_and_can_be_measured(folder):
     llm = AutoModelForCausalLM.from_pretrained(folder / "llm")
     tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
     assert encoder.config.model_type == "siglip" and llm.config.model_type == "qwen2"
-    found = backbones.measure_retrieval(encoder, tokenizer, seed=0, num_images=8)
+    found = toy_siglip.measure_retrieval(encoder, tokenizer, seed=0, num_images=8)
     assert 0 <= found["top1"] <= found["top5"] <= 1
-    read = backbones.measure_reading(llm, tokenizer, "plain", seed=0, num_scenes=6)
+    read = toy_llm.measure_reading(llm, tokenizer, "plain", seed=0, num_scenes=6)
     assert set(read) <= set(questions.TYPES) and "count" in read
 
 
@@ -170,9 +171,9 @@ def test_the_model_of_the_preset_gpu_has_30_to_100_million_parameters(tmp_path):
     tokenizer = backbones.train_tokenizer(["a red circle moves"])
     common = dict(tokenizer=tokenizer, seed=0, num_steps=0, device="cpu",
                   width=world_of["width"])  # fmt: skip
-    backbones.train_vision(tmp_path / "vision", num_layers=world_of["vision_layers"],
+    toy_siglip.train_vision(tmp_path / "vision", num_layers=world_of["vision_layers"],
                            batch_size=4, **common)  # fmt: skip
-    backbones.train_llm(tmp_path / "llm", num_layers=world_of["llm_layers"], template="plain",
+    toy_llm.train_llm(tmp_path / "llm", num_layers=world_of["llm_layers"], template="plain",
                         num_rows=1, num_threads=1, **common)
     fields = {k: v for k, v in design.items() if k not in ("seed", "world_dir")}
     model, _ = build_model(tmp_path / "vision", tmp_path / "llm", **fields)

@@ -9,26 +9,27 @@ import torch
 
 from tlv import ROOT
 from tlv.background import Background
-from tlv.forked_ranks import rank_and_count, run_forked, share_first, sum_gradients
+from tlv.forked_ranks import run_forked, sum_gradients
 from tlv.optimizers import Muon
+from tlv.ranks import ALONE
 
 PAUSED = """
 import signal
 from tlv.forked_ranks import run_forked
-run_forked(lambda: (print("started", flush=True), signal.pause()), 3)
+run_forked(lambda ranks: (print("started", flush=True), signal.pause()), 3)
 """
 
 
-def train(model, optimizers, rows, num_steps):
+def train(model, optimizers, rows, num_steps, ranks):
     """Losses of steps on rows that the first rank alone has."""
     losses = []
-    rank, count = rank_and_count()
     for _ in range(num_steps):
-        batch = share_first(rows if rank == 0 else None)
+        batch = ranks.share(rows if ranks.is_first else None)
         model.zero_grad()
-        loss = model(torch.tensor(batch[rank::count])).square().sum()
+        loss = model(torch.tensor(batch[ranks.rank :: ranks.world_size])).square().sum()
         loss.backward()
-        losses.append(sum_gradients(model, loss.item()))
+        sum_gradients(model, ranks)
+        losses += ranks.sum(loss.item())
         for optimizer in optimizers:
             optimizer.step()
     return losses
@@ -46,21 +47,22 @@ def go_on(count: int) -> dict:
     """Six steps of one process beside three of one and three of `count` ranks."""
     rows = torch.randn(6, 4).tolist()
     alone, together = new_training(), new_training()
-    expected = train(*alone, rows, 6)
-    losses = train(*together, rows, 3)  # momentum and weights of these steps go along
-    losses += run_forked(lambda: train(*together, rows, 3), count)
+    expected = train(*alone, rows, 6, ALONE)
+    losses = train(*together, rows, 3, ALONE)  # momentum and weights of these steps go along
+    losses += run_forked(lambda ranks: train(*together, rows, 3, ranks), count)
     weights = [torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
                for model, _ in (alone, together)]  # fmt: skip
     left = len(psutil.Process().children())
-    return dict(expected=expected, losses=losses, weights=weights, left=left, now=rank_and_count())
+    has_group = torch.distributed.is_initialized()
+    return dict(expected=expected, losses=losses, weights=weights, left=left, has_group=has_group)
 
 
 def fail(is_late: bool) -> None:
-    def work():
-        if rank_and_count()[0] == 1:
+    def work(ranks):
+        if ranks.rank == 1:
             raise OSError("the second rank's own words")
         if not is_late:
-            share_first(None)
+            ranks.share(None)
 
     run_forked(work, 2)
 
@@ -76,7 +78,7 @@ def test_ranks_go_on_where_the_process_was_and_learn_what_it_would(count):
     assert found["losses"] == pytest.approx(found["expected"], rel=1e-5)
     alone, together = found["weights"]
     assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
-    assert found["now"] == (0, 1) and found["left"] == 0
+    assert not found["has_group"] and found["left"] == 0
 
 
 def test_an_error_on_another_rank_is_no_success_here(capfd):

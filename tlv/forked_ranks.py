@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 
 from tlv.background import end_with_parent
+from tlv.ranks import ALONE, Ranks
 
 
 def run_forked(function, count: int):
-    """function() here and in `count` - 1 copies of this process, as ranks of one group.
+    """function(ranks) here and in `count` - 1 copies of this process, as ranks of one group.
 
-    Returns what it gives here. Before and after, this process is one rank, and the functions below
-    change nothing.
+    Returns what it gives here. Before and after, this process is one rank.
     """
     if count == 1:
-        return function()
+        return function(ALONE)
     torch.set_num_threads(1)  # no other thread survives a fork
     with tempfile.TemporaryDirectory() as folder:
         group = dict(backend="gloo", init_method=f"file://{folder}/ranks", world_size=count)
@@ -46,35 +46,22 @@ def run_forked(function, count: int):
     return found
 
 
-def rank_and_count() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def share_first(value):
-    """The first rank's `value`, on every rank."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def sum_gradients(model, loss: float) -> float:
-    """Replace the gradient of every parameter by its sum over all ranks; returns that of `loss`."""
-    if not dist.is_initialized():
-        return loss
+def sum_gradients(model, ranks: Ranks) -> None:
+    """Replace the gradient of every parameter by its sum over all ranks."""
+    if ranks.world_size == 1:
+        return
     parameters = list(model.parameters())
-    total = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor([loss])])
+    total = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(total)
-    parts = total[:-1].split([p.numel() for p in parameters])
-    for p, part in zip(parameters, parts, strict=True):
+    for p, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(part.view_as(p))
-    return total[-1].item()
 
 
 def _run(function, group: dict):
     dist.init_process_group(**group)
+    ranks = Ranks(group["rank"], group["world_size"], torch.device("cpu"), dist.group.WORLD)
     try:
-        return function()
+        return function(ranks)
     finally:
         dist.destroy_process_group()
 

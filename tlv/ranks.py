@@ -30,7 +30,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    cpu_group: dist.ProcessGroup
+    cpu_group: dist.ProcessGroup | None
 
     @property
     def is_first(self) -> bool:
@@ -41,6 +41,8 @@ class Ranks:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all ranks, in double precision."""
+        if self.world_size == 1:
+            return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
@@ -55,9 +57,14 @@ class Ranks:
 
     def share(self, value):
         """The first rank's `value`, on every rank."""
+        if self.world_size == 1:
+            return value
         values = [value]
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"), None)  # a process that belongs to no group
 
 
 def start_ranks(device: str, num_threads: int, seed: int) -> Ranks:
