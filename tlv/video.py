@@ -206,6 +206,8 @@ def _frames_at(path, index: _Index, wanted, can_seek: bool):
     shown, to_rgb = None, VideoReformatter()  # one for all frames: to make one is most of the time
     with _open(path) as container:
         stream = container.streams.best("video")
+        # Most files have one slice a frame, so that threads, one for each slice, would only wait.
+        stream.codec_context.thread_count = 1
         decoded = container.decode(stream)
         for pts in wanted:
             if can_seek and (shown is None or index.keyframe(pts) > index.keyframe(shown)):
