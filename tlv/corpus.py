@@ -21,19 +21,20 @@ LESSONS = (  # until which share of the training: what is taught, and how often
     (0.12, {"letters": 1.0}),
     (0.22, {"letters": 0.25, "frame": 0.75}),
     (0.30, {"letters": 0.25, "motion": 0.75}),
-    (0.42, {"letters": 0.15, "motion": 0.15, "events": 0.7}),
-    (0.57, {"frame": 0.15, "motion": 0.15, "events": 0.05, "events of three": 0.15,
-            "one thing": 0.5}),
-    (1.00, {"frame": 0.12, "motion": 0.12, "events": 0.06, "events of three": 0.14, "all": 0.56}),
+    (0.41, {"letters": 0.1, "motion": 0.1, "leaves": 0.8}),
+    (0.52, {"letters": 0.05, "motion": 0.1, "leaves": 0.2, "changes colour": 0.65}),
+    (0.60, {"frame": 0.15, "motion": 0.1, "events": 0.15, "events of three": 0.2,
+            "one thing": 0.4}),
+    (1.00, {"frame": 0.1, "motion": 0.1, "events": 0.12, "events of three": 0.18, "all": 0.5}),
 )
 
 
 def write_lesson(rng: np.random.Generator, progress: float) -> list[tuple[str, str]]:
     """Turns about one text, each to be answered alone, for a moment of training from 0 to 1.
 
-    Four skills are taught alone first, each in few steps: naming the letter of an option, telling
-    which things go with which attributes, comparing places at different times, telling what came
-    first. Taught among everything else they would not be learnt at all.
+    Skills are taught alone first, each in few steps: naming the letter of an option, telling which
+    things go with which attributes, comparing places at different times, telling which thing left
+    first and which changed first. Taught among everything else they would not be learnt at all.
     """
     shares = next(shares for end, shares in LESSONS if progress < end or end == 1.0)
     return WRITERS[rng.choice(list(shares), p=list(shares.values()))](rng)
@@ -61,11 +62,13 @@ def _write_motion(rng) -> list[tuple[str, str]]:
     return _about(told, direction, rng, questions.BOTH_FORMS) + _about(told, place, rng)
 
 
-def _write_events(rng, num_things=2) -> list[tuple[str, str]]:
-    """Two things, frame by frame: to which of them does it happen first. Later among three."""
-    scene = world.sample_scene(rng, num_things=num_things, event_share=1.0)
+def _write_events(
+    rng, kinds=world.EVENTS, num_things=2, choice_shares=questions.BOTH_FORMS
+) -> list[tuple[str, str]]:
+    """Things frame by frame: to which of them does it happen first."""
+    scene = world.sample_scene(rng, num_things=num_things, event_share=1.0, kinds=kinds)
     asked = [q for q in questions.ask(scene, rng) if q.type == "order"]
-    return _about(questions.frame_log(scene, 6), asked, rng, questions.BOTH_FORMS)
+    return _about(questions.frame_log(scene, 6), asked, rng, choice_shares)
 
 
 def _write_one_thing(rng) -> list[tuple[str, str]]:
@@ -99,7 +102,9 @@ WRITERS = {
     "letters": _write_letters,
     "frame": _write_frame,
     "motion": _write_motion,
-    "events": _write_events,
+    "leaves": partial(_write_events, kinds=("leaves",), choice_shares=(0.0,)),
+    "changes colour": partial(_write_events, kinds=("changes colour",), choice_shares=(0.0,)),
+    "events": partial(_write_events, kinds=("leaves", "changes colour")),  # what appears is easy
     "events of three": partial(_write_events, num_things=3),
     "one thing": _write_one_thing,
     "all": _write_all,

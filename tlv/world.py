@@ -9,6 +9,7 @@ Taught in notebook 00. Questions and captions about a scene: `tlv.questions`. Pl
 `tlv.defects`.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -154,14 +155,16 @@ def sample_scene(
     num_things: int | None = None,
     shares=NUM_THINGS_SHARES,
     event_share: float = 0.9,
+    kinds=EVENTS,
 ) -> Scene:
     """Draw a scene: number of things, their looks, motion and events, so that none ever overlap
     and something always moves or happens.
 
     `pairs` are the shape-colour pairs allowed; `must_have`, where given, is a pool of pairs of
     which one thing takes one; `shares` are those of one, two and three things, where `num_things`
-    does not say. Rejection of overlapping draws is invariant to a shift of the
-    whole scene, so each thing's place stays uniform on the torus whatever its direction.
+    does not say; events are of one of `kinds`. Rejection of overlapping draws is invariant to a
+    shift of the whole scene, so each thing's place stays uniform on the torus whatever its
+    direction.
     """
     # Number and sizes are fixed first: redrawing would prefer few and small things.
     sizes = [_pick(rng, list(SIZES)) for _ in range(num_things or _draw_number(rng, shares))]
@@ -175,7 +178,7 @@ def sample_scene(
         things.sort(key=lambda thing: (thing.y, thing.x))  # a clip has one caption, not many
         scene = Scene(num_frames, tuple(things), (), draw_background(rng))
         if len(sizes) >= 2 and rng.random() < event_share:
-            scene = replace(scene, events=_draw_events(rng, scene, pairs))
+            scene = replace(scene, events=_draw_events(rng, scene, pairs, kinds))
         if not scene.is_still:
             return scene
 
@@ -197,13 +200,22 @@ def _draw_things(rng, sizes, num_frames: int) -> list[Thing] | None:
         # one would look like a step the other way.
         speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
         x, y = rng.uniform(0, SIZE, size=2).tolist()
+        reaches = [SIZES[size] + SIZES[other.size] + 1 for other in things]
+        # Most overlap from the first frame on: seen at once, without an array.
+        if any(_is_near(x - o.x, y - o.y, r) for o, r in zip(things, reaches, strict=True)):
+            return None
         new = Thing("", "", size, x, y, direction, speed)
-        for other in things:
-            reach = SIZES[size] + SIZES[other.size] + 1
+        for other, reach in zip(things, reaches, strict=True):
             if torus_distance(new, other, frames).min() <= reach:
                 return None
         things.append(new)
     return things
+
+
+def _is_near(dx: float, dy: float, reach: float) -> bool:
+    """Whether an offset is at most `reach` long, the short way round."""
+    half = SIZE / 2
+    return math.hypot((dx + half) % SIZE - half, (dy + half) % SIZE - half) <= reach
 
 
 def _draw_looks(rng, pairs, must_have, count: int) -> list[tuple[str, str]]:
@@ -222,12 +234,12 @@ def draw_background(rng) -> tuple[int, int, int]:
     return tuple(int(v) for v in rng.integers(15, 60) + rng.integers(-8, 9, size=3))
 
 
-def _draw_events(rng, scene: Scene, pairs) -> tuple[Event, ...]:
+def _draw_events(rng, scene: Scene, pairs, kinds) -> tuple[Event, ...]:
     """Two events of one kind on two things, each about a fifth of the clip long.
 
     They pass, and the second begins where the first ends: a frame shows one of them, not which.
     """
-    kind = _pick(rng, EVENTS)
+    kind = _pick(rng, kinds)
     length = rng.uniform(0.2, 0.24)
     start = rng.uniform(0.05, 0.95 - 2 * length)
     taken = {thing.colour for thing in scene.things}
