@@ -210,7 +210,7 @@ def test_the_architecture_is_shown_on_the_first_sample_that_is_good_and_no_text(
 @pytest.mark.parametrize("number, given, message", [
     (0, {"num_test": 0}, "num_test = 0 must be > 0"),
     (0, {"width": 100}, "width = 100 must be a multiple of 32"),
-    (0, {"defect_share": 2.0}, "defect_share = 2.0 must be from 0 to 0.1"),
+    (0, {"defect_share": 2.0}, "defect_share = 2.0 must be from 0 to less than 0.1"),
     (1, {"seconds": [60.0, 1.5]}, r"seconds = \[60.0, 1.5\] must be \[shortest, longest\]"),
     (1, {"num_words": [4]}, r"num_words = \[4\] must be \[fewest, most\]"),
     (5, {"dtype": "float23"}, "dtype = 'float23' must be 'float32', "),
