@@ -128,6 +128,14 @@ def test_every_skill_that_is_taught_alone_is_asked_in_both_forms():
             assert {"(A)", "(B)"} <= lettered and any(not a.endswith(")") for a in asked)
 
 
+@pytest.mark.parametrize("kind", ["leaves", "changes colour"])
+def test_a_kind_of_event_is_first_taught_alone_and_in_free_form(kind):
+    rng = np.random.default_rng(0)
+    turns = [turn for _ in range(20) for turn in corpus.WRITERS[kind](rng)]
+    assert len(turns) == 20
+    assert all(question.endswith(f"\nWhich object {kind} first?") for question, _ in turns)
+
+
 def test_the_longest_caption_fits_into_the_text_tower(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "vision")
     longest = questions.frame_caption([("large", "purple", "circle", "southeast")] * 3)
@@ -172,9 +180,9 @@ def test_the_model_of_the_preset_gpu_has_30_to_100_million_parameters(tmp_path):
     common = dict(tokenizer=tokenizer, seed=0, num_steps=0, device="cpu",
                   width=world_of["width"])  # fmt: skip
     toy_siglip.train_vision(tmp_path / "vision", num_layers=world_of["vision_layers"],
-                           batch_size=4, **common)  # fmt: skip
+                            batch_size=4, **common)  # fmt: skip
     toy_llm.train_llm(tmp_path / "llm", num_layers=world_of["llm_layers"], template="plain",
-                        num_rows=1, num_threads=1, **common)
+                      num_rows=1, num_threads=1, **common)  # fmt: skip
     fields = {k: v for k, v in design.items() if k not in ("seed", "world_dir")}
     model, _ = build_model(tmp_path / "vision", tmp_path / "llm", **fields)
     assert 30e6 < sum(p.numel() for p in model.parameters()) < 100e6
