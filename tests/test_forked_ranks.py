@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from multiprocessing import get_context
 
 import psutil
 import pytest
@@ -58,11 +59,17 @@ def go_on(count: int) -> dict:
 
 
 def fail(is_late: bool) -> None:
+    """The second rank fails: while the first waits for it, or when the first has done its work."""
+    first_is_done = get_context("fork").Event()
+
     def work(ranks):
-        if ranks.rank == 1:
-            raise OSError("the second rank's own words")
-        if not is_late:
+        if ranks.is_first and is_late:
+            first_is_done.set()
+        elif ranks.is_first:
             ranks.share(None)
+        else:
+            assert not is_late or first_is_done.wait(60)
+            raise OSError("the second rank's own words")
 
     run_forked(work, 2)
 
