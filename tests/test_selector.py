@@ -84,10 +84,19 @@ def test_a_clip_is_embedded_once_and_read_from_disk_after(selector, path, monkey
 
 
 def test_a_clip_that_hangs_the_decoder_is_given_up(selector, path, monkeypatch):
-    monkeypatch.setattr(selector_module, "PROBE_S", 0.3)
-    os.kill(video_child.child()._process.pid, signal.SIGSTOP)  # as one that never answers
+    monkeypatch.setattr(selector_module, "FRAME_S", 0.3)
+    monkeypatch.setattr(selector_module, "CHUNK", 8)
+    plain = selector.embed_frames
+
+    def embed(frames):  # behind the second chunk the decoder never answers
+        if frames[0].tobytes() == second:
+            os.kill(video_child.child()._process.pid, signal.SIGSTOP)
+        return plain(frames)
+
+    second = read_frames(path, [8]).tobytes()
+    monkeypatch.setattr(selector, "embed_frames", embed)
     with pytest.raises(VideoError, match="decoding took over 0.3 s"):
-        selector.embed_clip(path, [0, 3])
+        selector.embed_clip(path, range(70))
     monkeypatch.undo()
     assert len(selector.embed_clip(path, [0, 3])) == 2  # by a new child
 

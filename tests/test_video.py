@@ -5,17 +5,19 @@ import pickle
 import signal
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import decord
 import numpy as np
 import pytest
+from PIL import Image
 
 from tlv import ROOT, video, video_child
 from tlv.mp4 import write_video
 from tlv.video import VideoError
-from tlv.video_child import sample_frames_within
+from tlv.video_child import read_chunks_within, sample_frames_within
 
 DECODERS = (video._decode_with_decord, video._decode_with_pyav)
 REAL_CLIPS = Path(ROOT).parent / "shared" / "videos"
@@ -267,14 +269,15 @@ def test_chunks_are_the_frames_in_order_and_no_larger_than_asked(tmp_path, clip_
     assert np.array_equal(np.concatenate(chunks), video.read_frames(path, indices))
 
 
-def test_chunks_of_a_clip_whose_tail_is_broken_come_up_to_the_damage(tmp_path, clip_path):
+@pytest.mark.parametrize("read", [video.read_chunks, partial(read_chunks_within, 30)])
+def test_chunks_of_a_clip_whose_tail_is_broken_come_up_to_the_damage(read, tmp_path, clip_path):
     data, path = bytearray(clip_path.read_bytes()), tmp_path / "tail.mp4"
     at = len(data) * 9 // 10
     data[at : at + 600] = bytes(len(data[at : at + 600]))
     path.write_bytes(data)
     seen = []
     with pytest.raises(VideoError, match=r"tail\.mp4: damaged"):
-        for chunk in video.read_chunks(path, range(60), size=4):
+        for chunk in read(path, range(60), size=4):
             seen += numbers(chunk)
     assert seen == list(range(len(seen))) and 8 <= len(seen) < 60
 
@@ -375,6 +378,38 @@ def test_crashing_decoder_is_an_error_not_a_crash(clip_path):
     with pytest.raises(VideoError, match="crashed the decoder .SIGSEGV"):
         sample_frames_within(30, clip_path, num_frames=2)
     assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]
+
+
+def test_chunks_from_the_child_are_those_read_here(clip_path, tmp_path):
+    here = list(video.read_chunks(clip_path, range(3, 60, 2), 8))
+    there = list(read_chunks_within(30, clip_path, np.arange(3, 60, 2), 8))
+    for one, two in zip(here, there, strict=True):
+        np.testing.assert_array_equal(one, two)
+    Image.fromarray(here[0][0]).save(tmp_path / "still.png")
+    (still,) = read_chunks_within(30, tmp_path / "still.png", [0])
+    np.testing.assert_array_equal(still, here[0][:1])
+    with pytest.raises(ValueError, match="ascending"):
+        next(read_chunks_within(30, clip_path, [3, 3]))
+
+
+def test_a_clip_may_hang_or_crash_the_decoder_in_its_midst(clip_path):
+    for number, message in ((signal.SIGSTOP, "took over 0.5 s"), (signal.SIGSEGV, "SIGSEGV")):
+        chunks = read_chunks_within(0.5, clip_path, range(60), 20)
+        assert numbers(next(chunks)) == list(range(20))
+        os.kill(video_child.child()._process.pid, number)
+        with pytest.raises(VideoError, match=message):
+            next(chunks)
+    assert len(list(read_chunks_within(30, clip_path, range(60), 20))) == 3
+
+
+def test_a_process_reads_one_long_clip_at_a_time(clip_path):
+    first = read_chunks_within(30, clip_path, range(60), 20)
+    next(first)
+    assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]
+    second = read_chunks_within(30, clip_path, range(1, 60), 20)
+    assert numbers(next(second))[0] == 1
+    with pytest.raises(ValueError, match="one long clip at a time"):
+        next(first)  # and not the second clip's frames
 
 
 # ---- real clips -----------------------------------------------------------------------------

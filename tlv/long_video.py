@@ -14,8 +14,8 @@ import torch
 from tlv.chat import encode, stop_token_ids, with_video
 from tlv.kv_cache import make_cache
 from tlv.merging import MergeStream
-from tlv.selector import CHUNK
-from tlv.video import read_chunks
+from tlv.selector import CHUNK, FRAME_S
+from tlv.video_child import read_chunks_within
 
 PREFILL = 32  # tokens through the LLM at once: attention holds (h, PREFILL, S) scores, which grow
 
@@ -115,7 +115,7 @@ def encode_clip(model, processor, path, looks) -> list[torch.Tensor]:
                 tokens[k][filled[k] : filled[k] + len(rows)] = rows
                 filled[k] += len(rows)
 
-    for frames in read_chunks(path, numbers, CHUNK):
+    for frames in read_chunks_within(FRAME_S, path, numbers, CHUNK):
         take(frames)
     for stream in streams:
         stream.close()

@@ -17,8 +17,8 @@ from tlv.builders import load_model
 from tlv.keyframes import choose_keyframes
 from tlv.kv_cache import make_cache
 from tlv.long_video import encode_clip, prefill
-from tlv.selector import CHUNK
-from tlv.video import read_chunks
+from tlv.selector import CHUNK, FRAME_S
+from tlv.video_child import read_chunks_within
 
 LIBC = ctypes.CDLL(None)
 # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX: freed blocks go back to the system.
@@ -74,7 +74,7 @@ def _run(model, processor, path, query) -> dict[str, float]:
         _settle(model.device)
 
     def decode_all():
-        for _ in read_chunks(path, numbers, CHUNK):
+        for _ in read_chunks_within(FRAME_S, path, numbers, CHUNK):
             pass
 
     timed("decode", decode_all)()

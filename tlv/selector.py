@@ -19,11 +19,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tlv import ROOT
 from tlv.pretrained import ModelFolderError, load_part, load_pretrained, read_config
-from tlv.video import read_chunks
-from tlv.video_child import sample_frames_within
+from tlv.video_child import read_chunks_within
 
 CHUNK = 128  # frames decoded and embedded at once
-PROBE_S = 60.0  # seconds after which a clip whose ends are not decoded is given up
+FRAME_S = 60.0  # seconds after which a clip is given up, if its next frame is not decoded
 # How a text enters each kind of pair. SigLIP reads its vector at the last place, so it is trained
 # on texts padded to the full length, and without a mask.
 TEXT_INPUTS = {"siglip": ("input_ids",), "clip": ("input_ids", "attention_mask")}
@@ -88,15 +87,14 @@ class Selector:
         """The frames `numbers` (T,) of a clip, ascending -> (T, D) float16.
 
         The first pass: decoded in order, CHUNK frames at a time; read from disk where it was done
-        before. Raises VideoError, also for a clip whose first or last frame hangs the decoder.
+        before. Raises VideoError, also for a clip that hangs the decoder.
         """
         file = self.cache_dir and Path(self.cache_dir) / f"{self._mark(path, numbers)}.safetensors"
         if file and file.is_file():
             with safe_open(file, "pt") as found:
                 return found.get_tensor("frames")
-        sample_frames_within(PROBE_S, path, num_frames=2)
         embeddings, done = torch.empty(len(numbers), self.width, dtype=torch.float16), 0  # (T, D)
-        for frames in read_chunks(path, numbers, CHUNK):
+        for frames in read_chunks_within(FRAME_S, path, numbers, CHUNK):
             embeddings[done : done + len(frames)] = self.embed_frames(frames)
             done += len(frames)
         if file:
