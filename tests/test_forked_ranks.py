@@ -15,9 +15,9 @@ from tlv.optimizers import Muon
 from tlv.ranks import ALONE
 
 PAUSED = """
-import signal
+import os, signal
 from tlv.forked_ranks import run_forked
-run_forked(lambda ranks: (print("started", flush=True), signal.pause()), 3)
+run_forked(lambda ranks: (os.write(1, b"started\\n"), signal.pause()), 3)  # one write, whole
 """
 
 
