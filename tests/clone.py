@@ -58,6 +58,15 @@ def stages(folder=ROOT) -> dict:
     return {name: stage for name, stage in found.items() if name != "code"}
 
 
+NAMES = [name for name in stages() if not name.startswith("image_")]
+IMAGE = [name for name in stages() if name.startswith("image_")]  # other params, same notebooks
+
+
+def own_folder(stage: str) -> str:
+    """Where a stage's params and outputs are, below the preset's."""
+    return stage.replace("image_", "image/")
+
+
 def repro(folder, *arguments) -> list[str]:
     """`dvc repro`; returns the stages that it ran."""
     return re.findall(r"Running stage '(.+?)'", run(["dvc", "repro", *arguments], folder))

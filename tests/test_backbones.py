@@ -118,6 +118,21 @@ def test_lessons_are_dealt_out_in_order_and_ask_about_one_text():
                 assert len({question.split("\n")[0] for question, _ in write(rng)}) == 1
 
 
+def test_half_of_the_letters_are_of_objects_beside_objects_that_are_alike():
+    rng, num_objects = np.random.default_rng(0), 0
+    for _ in range(400):
+        question, answer = questions.write_match(rng)
+        asked, *options = (line.split(". ")[-1] for line in question.split("\n"))
+        named, letter = answer[:-1].split(" (")
+        assert asked == f"Which option is {named}?"
+        assert options["ABCD".index(letter)] == named and len(set(options)) == len(options)
+        if len(named.split()) == 2:
+            num_objects += 1
+            assert len(options) == 4
+            assert all(set(option.split()) & set(named.split()) for option in options)
+    assert num_objects / 400 == pytest.approx(0.5, abs=0.1)
+
+
 def test_every_skill_that_is_taught_alone_is_asked_in_both_forms():
     rng = np.random.default_rng(0)
     for name, types in (("frame", ("What colour", "How large")), ("motion", ("Where is",))):

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from base64 import b64decode, b64encode
@@ -69,20 +70,6 @@ def test_style(name):
 def test_notebook_runs_and_prints_what_is_committed(name):
     done = nbval(name)
     assert done.returncode == 0, done.stdout[-5000:]
-
-
-@pytest.mark.slow
-def test_one_connector_goes_through_all_notebooks(tmp_path):
-    """vilamp, which chooses frames by the question, from architecture to evaluation."""
-    chosen = dict(connector_type="vilamp", sampling="fps", fps=2.0, num_keyframes=2)
-    names, given = [n for n in NAMES if n[:2] in ("02", "03", "04", "05")], chosen
-    for name in names:
-        given = {"out_dir": str(tmp_path / name), **given}
-        execute_notebook(notebooks.FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given,
-                         cwd=str(ROOT), progress_bar=False)  # fmt: skip
-        given = {"model_dir": str(tmp_path / name)}
-    assert json.loads((tmp_path / names[-1] / "metrics.json").read_text())["num_questions"] > 0
-    assert load_model(tmp_path / "04_sft" / "checkpoint")[0].config.connector_type == "vilamp"
 
 
 CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -225,40 +212,11 @@ def test_a_wrong_parameter_is_named_where_a_notebook_is_set_up(number, given, me
 
 
 @pytest.mark.slow
-def test_what_is_kept_does_not_depend_on_the_truth(tmp_path):
-    card = read_card(smoke.world("outputs/scratch/00_toy_world/world"))
-    card = {key: str(value) for key, value in card.items()}
-    for name, truth in (("with", card["truth"]), ("without", "")):
-        write_json(tmp_path / name / "world.json", card | {"truth": truth})
-        run(NAMES[1], tmp_path / name / "01", world_dir=str(tmp_path / name))
-        assert bool(load_json(tmp_path / name / "01/report.json")["scores"]) == bool(truth)
-    for file in ("captions.json", "qa.json"):
-        kept = [(tmp_path / name / "01" / file).read_bytes() for name in ("with", "without")]
-        assert kept[0] == kept[1], file
-
-
-@pytest.mark.slow
-def test_the_recipe_share_pretrains_twice(tmp_path):
-    """First the connector, without the check on one batch (as the preset own leaves it out); then
-    also the LLM and the encoder's upper layers."""
-    recipe = dict(recipe="share", overfit_steps=0, num_clips=2, out_dir=str(tmp_path / "one"))
-    again = dict(stage="pretrain_share", model_dir=str(tmp_path / "one"), template=None,
-                 cache_features=False, out_dir=str(tmp_path / "two"))  # fmt: skip
-    for given in (recipe, recipe | again):
-        execute_notebook(notebooks.FOLDER / "03_pretraining.ipynb", tmp_path / "run.ipynb", given,
-                         cwd=str(ROOT), progress_bar=False)  # fmt: skip
-    counts = [json.loads((tmp_path / name / "report.json").read_text())["trained_parameters"]
-              for name in ("one", "two")]
-    assert counts[0]["llm"] == counts[0]["vision"] == 0 < counts[0]["connector"]
-    encoder = load_model(tmp_path / "two" / "checkpoint")[0].vision_encoder
-    assert 0 < counts[1]["vision"] < sum(p.numel() for p in encoder.parameters())
-    assert counts[1]["llm"] > 0
-
-
-@pytest.mark.slow
 def test_a_changed_constant_in_tlv_makes_a_notebook_fail(tmp_path):
     """The comparison bites: the positional encoding's base, ten times too small."""
     folder = make_clone(tmp_path / "clone")
+    made = smoke.world("outputs/scratch/00_toy_world/world").parent
+    shutil.copytree(made, folder / "outputs/scratch/00_toy_world")
     path = folder / "tlv/resamplers.py"
     text = path.read_text()
     changed = text.replace("10_000.0", "1_000.0")

@@ -1,31 +1,33 @@
 """The pipeline's joints: what reruns when, what a fresh clone can pull, what the lock promises.
 
-Most tests run six stand-in notebooks that write every declared output in a moment: dvc.yaml is the
-real one. The last ones run the real notebooks at smoke scale, and check the committed lock.
+Here stand-in notebooks write every declared output in a moment; dvc.yaml is the real one. The real
+notebooks are run in test_smoke_pipeline.py.
 """
 
-import fcntl
 import json
-import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import nbformat
 import pytest
 import yaml
-from clone import commit, environment, make_clone, repro, run, stages, use_preset
+from clone import (
+    IMAGE,
+    NAMES,
+    commit,
+    make_clone,
+    own_folder,
+    repro,
+    run,
+    stages,
+    use_preset,
+)
 
-from tlv import ROOT, checkpoint, notebooks, pipeline
+from tlv import ROOT, notebooks, pipeline
 from tlv.imports import modules_needed
-from tlv.stage import SCALE
 
 pytestmark = pytest.mark.slow
-NAMES = [name for name in stages() if not name.startswith("image_")]
-IMAGE = [name for name in stages() if name.startswith("image_")]  # other params, same notebooks
 CODE = [f"code@{name}" for name in NAMES]
 
 STAND_IN = """
@@ -49,11 +51,6 @@ for name in outputs:
 def paths(items) -> list[str]:
     """The paths in a list of dvc.yaml, with or without options."""
     return [item if isinstance(item, str) else next(iter(item)) for item in items]
-
-
-def own_folder(stage: str) -> str:
-    """Where a stage's params and outputs are, below the preset's."""
-    return stage.replace("image_", "image/")
 
 
 def upstream(stage: dict) -> list[str]:
@@ -161,9 +158,11 @@ def test_one_command_changes_the_preset(project):
     shutil.copytree(project / "params/smoke", project / "params/other")
     for path in (project / "params/other").rglob("*.yaml"):
         path.write_text(path.read_text().replace("outputs/smoke", "outputs/other"))
-    run(["dvc", "exp", "run", "-n", "other", "-S", "params/preset.yaml:preset=other"], project)
-    written = {p.parent.name for p in (project / "outputs/other").rglob("metrics.json")}
-    assert written == set(NAMES)
+    change = ["-n", "other", "-S", "params/preset.yaml:preset=other"]
+    run(["dvc", "exp", "run", *change, "image_02_architecture", "01_data_filtering"], project)
+    written = {str(p.parent) for p in (project / "outputs/other").rglob("metrics.json")}
+    names = ("00_toy_world", "01_data_filtering", "image/02_architecture")
+    assert written == {str(project / "outputs/other" / name) for name in names}
     run(["git", "checkout", "-q", "."], project)
     run(["git", "clean", "-fdqx", "params/other", "outputs/other"], project)
     assert repro(project) == []
@@ -242,65 +241,6 @@ def test_modules_are_followed_through_imports_and_names(tmp_path):
         (tmp_path / "tlv" / f"{name}.py").write_text(code)
     needed = modules_needed("from tlv.a import f\nfrom tlv import launch, smoke", tmp_path)
     assert needed == [f"tlv/{n}.py" for n in ["__init__", "a", "b", "c", "launch", "train"]]
-
-
-# ---- the real notebooks ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """A clone in which the real notebooks ran once. All parameters are the notebooks' defaults,
-    except where they read: the stages before."""
-    folder = make_clone(tmp_path_factory.mktemp("real") / "clone")
-    params = {}
-    for name in map(own_folder, NAMES + IMAGE):
-        notebook = notebooks.read(folder / f"notebooks/{name.split('/')[-1]}.ipynb")
-        defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
-        scale = {key: defaults[key] for key in defaults if SCALE.search(key)}
-        values = yaml.safe_load((folder / f"params/tiny/{name}.yaml").read_text()) or {}
-        design = ("manifest_dir", "connector_type", "num_frames") if "/" in name else ()
-        params[name] = scale | {
-            key: yaml.safe_load(yaml.safe_dump(value).replace("outputs/tiny/", "outputs/smoke/"))
-            for key, value in values.items()
-            if key in design or "outputs/tiny/" in str(value)
-        }
-    use_preset(folder, "smoke", params)
-    assert set(NAMES + IMAGE) <= set(repro(folder))
-    return folder
-
-
-def test_real_notebooks_run_at_smoke_scale_and_only_once(real):
-    metrics = json.loads((real / "outputs/smoke/05_evaluation/metrics.json").read_text())
-    assert metrics["num_questions"] > 0 and "other/type/colour" in metrics
-    pictures = json.loads((real / "outputs/smoke/image/05_evaluation/metrics.json").read_text())
-    assert "accuracy/type/place" in pictures and "accuracy/type/order" not in pictures
-    assert repro(real) == []
-
-
-def test_filtering_and_training_again_give_the_same_bytes(real):
-    lock = (real / "dvc.lock").read_text()
-    for name in ("01_data_filtering", "03_pretraining"):
-        assert repro(real, "--force", "--single-item", name) == [name]
-    assert (real / "dvc.lock").read_text() == lock
-
-
-def test_a_killed_pipeline_goes_on_where_its_training_was(real):
-    path = real / "params/smoke/03_pretraining.yaml"
-    values = yaml.safe_load(path.read_text()) | {"num_steps": 90, "save_every": 5}
-    path.write_text(yaml.safe_dump(values))
-    command = ["dvc", "repro", "03_pretraining"]
-    process = subprocess.Popen(command, cwd=real, env=environment(real), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    root, stop = real / "outputs/.resume/smoke/03_pretraining", time.time() + 120
-    while not any(checkpoint.list_steps(folder) for folder in root.glob("*")):
-        assert process.poll() is None and time.time() < stop, "no checkpoint was written"
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    with open(root / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # kernel and ranks end when they find their parent gone
-    said = run(command, real)
-    assert re.search(r"resuming at step \d+", said), said[-2000:]
 
 
 def test_committed_lock_belongs_to_the_committed_code(tmp_path):

@@ -27,6 +27,16 @@ NUMBERS = ("one", "two", "three")
 CAPTION_REQUEST, PICTURE_REQUEST = "Describe the video.", "Describe the picture."
 LETTERS = "ABCD"
 BOTH_FORMS = (0.0, 1.0)  # shares of multiple choice: a turn of each
+# What is matched with its letter, and how often: the longer a list, the later it is learnt. The
+# rest of the matches are objects.
+MATCHES = (
+    (PLACES, 0.17),
+    (tuple(COLOURS), 0.15),
+    (SHAPES, 0.08),
+    (tuple(SIZES), 0.04),
+    (tuple(DIRECTIONS), 0.03),
+    (NUMBERS, 0.03),
+)
 
 
 @dataclass(frozen=True)
@@ -151,15 +161,21 @@ def write_turn(question: Question, rng: np.random.Generator, choice_share: float
 
 
 def write_match(rng: np.random.Generator) -> tuple[str, str]:
-    """A turn that asks for nothing but a named option, to be said with its letter."""
-    pairs = [SEEN_PAIRS[i] for i in rng.permutation(len(SEEN_PAIRS))[:2]]
-    names = tuple(" ".join(pair) for pair in pairs)
-    options = _pick(
-        rng, (tuple(COLOURS), SHAPES, tuple(SIZES), PLACES, tuple(DIRECTIONS), NUMBERS, names)
-    )
-    answer = str(rng.choice(options))
-    question = Question("match", f"Which option is {answer}?", answer, tuple(options))
-    return write_turn(question, rng, 1.0)
+    """A turn that asks for nothing but a named option, to be said with its letter.
+
+    The letter of an object hangs on two words at once: its options share a colour or a shape with
+    it, as in questions of order.
+    """
+    lists = (None, *(options for options, _ in MATCHES))
+    shares = [share for _, share in MATCHES]
+    options = lists[rng.choice(len(lists), p=[1 - sum(shares), *shares])]
+    if options is None:
+        pair = _pick(rng, SEEN_PAIRS)
+        options = tuple(" ".join(p) for p in (pair, *_near({pair}, SEEN_PAIRS)))
+        answer = options[0]
+    else:
+        answer = str(rng.choice(options))
+    return write_turn(Question("match", f"Which option is {answer}?", answer, options), rng, 1.0)
 
 
 def _join(parts: list[str]) -> str:
@@ -279,7 +295,7 @@ def _order(scene, rng, pairs):
         first = scene.events[0]
         text = f"Which object {first.kind} first?"
         names = [thing.name for thing in scene.things]
-        near = [" ".join(pair) for pair in _near(scene, pairs)]
+        near = [" ".join(pair) for pair in _near(scene.pairs(), pairs)]
         absent = [near[i] for i in rng.permutation(len(near))[: len(LETTERS) - len(names)]]
         return Question("order", text, names[first.thing], (*names, *absent))
 
@@ -293,14 +309,13 @@ def _presence(scene, rng):
     return _existence(*_pick(rng, scene.things).pair, "yes")
 
 
-def _near(scene, pairs) -> list:
-    """Pairs that are not there, but share their colour or their shape with one that is."""
-    shown = scene.pairs()
+def _near(shown, pairs) -> list:
+    """Pairs that are not shown, but share their colour or their shape with one that is."""
     return [p for p in pairs if p not in shown and any(p[0] == c or p[1] == s for c, s in shown)]
 
 
 def _absence(scene, rng, pairs):
-    return _existence(*_pick(rng, _near(scene, pairs)), "no")
+    return _existence(*_pick(rng, _near(scene.pairs(), pairs)), "no")
 
 
 def _existence(colour, shape, answer):
