@@ -4,10 +4,11 @@ import io
 import json
 import subprocess
 import tarfile
+from contextlib import redirect_stdout
 
 import pytest
 
-from tlv import ROOT, committed, costs, report
+from tlv import ROOT, committed, costs, notebooks, questions, report
 
 
 def test_tables_come_from_outputs(tmp_path, monkeypatch):
@@ -75,6 +76,22 @@ def test_tables_come_from_outputs(tmp_path, monkeypatch):
     assert shown["tiny/long/06_long_video/metrics.json"] == long
 
 
+def test_each_machine_has_a_column_of_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "ROOT", tmp_path)
+    for name, seconds in (("slow", 100), ("fast", 20), ("fast", 10)):
+        monkeypatch.setattr(costs, "machine", lambda name=name: name)
+        costs.record_cost("tiny", "00_x", seconds, 1024 * seconds * 10)
+    costs.record_cost("tiny", "01_y", 15, 1024)
+    table = report.cost_table("tiny").splitlines()
+    assert table[0] == "| stage | slow | fast | peak memory |"
+    assert table[2:4] == ["| 00_x | 1.7 min | 10 s | 1.0 GiB |", "| 01_y |  | 15 s | 0.0 GiB |"]
+    assert table[4] == "| **the video model** |  | **25 s** | **1.0 GiB** |"
+    today = costs.read_costs("tiny")["01_y"]["fast"]["date"]
+    assert table[5:] == ["| **all of it** |  | **25 s** | **1.0 GiB** |",
+                         f"| date | {today} | {today} | |"]  # fmt: skip
+    assert "| tiny | fast | 10 s | 0.1 GiB |" in costs.banner_table("00_x")  # the newest
+
+
 def test_the_readme_has_the_marks_and_the_two_commands():
     text = (ROOT / "README.md").read_text()
     for name in ("results", "costs", "long", "grid"):
@@ -91,12 +108,12 @@ def test_the_readme_has_the_marks_and_the_two_commands():
 def head(tmp_path, monkeypatch):
     """README and results of the last commit: a reader's own run may differ, and may."""
     archive = subprocess.run(
-        ["git", "archive", "HEAD", "README.md", "outputs", committed.PATH], cwd=ROOT, check=True,
+        ["git", "archive", "HEAD", "README.md", "outputs", "notebooks"], cwd=ROOT, check=True,
         capture_output=True,
     ).stdout  # fmt: skip
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(tmp_path, filter="data")
-    for module in (report, costs):
+    for module in (report, costs, committed):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
 
@@ -106,6 +123,20 @@ def test_the_readme_shows_what_outputs_say(head):
     assert report.filled(text, "tiny") == text, "run `make report` and commit README.md"
     shown = json.loads((head / committed.PATH).read_text())
     assert shown == report.measured(), f"run `make report` and commit {committed.PATH}"
+
+
+@pytest.mark.parametrize("name", notebooks.names())
+def test_the_notebooks_show_what_outputs_say(head, name):
+    cells = notebooks.read(head / f"notebooks/{name}.ipynb").cells
+    assert costs.banner_table(name) in cells[0].source, "run `make notebooks`"
+    tables = [cell for cell in cells
+              if cell.cell_type == "code" and "print(committed." in cell.source]
+    assert len(tables) == (name[:2] != "01")
+    for cell in tables:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(cell.source, {"committed": committed, "questions": questions,
+                               "TYPES": questions.TYPES})  # fmt: skip
+        assert printed.getvalue() == cell.outputs[0].text, "run `make report`, `make notebooks`"
 
 
 def test_the_committed_world_and_model_reach_their_goals(head):

@@ -40,24 +40,35 @@ def measured() -> dict:
 
 
 def cost_table(preset: str) -> str:
-    """One row per stage: wall time, memory of the largest process, machine, date; then the sums."""
+    """One row per stage: its wall time on each machine and the memory of its largest process; then
+    the sums."""
     every = read_costs(preset)
-    video = {name: cost for name, cost in every.items() if name < "06"}
-    long = {name: cost for name, cost in every.items() if name >= "06"}
-    image = {f"image_{name}": cost for name, cost in read_costs(f"{preset}/image").items()}
+    video = {name: found for name, found in every.items() if name < "06"}
+    long = {name: found for name, found in every.items() if name >= "06"}
+    image = {f"image_{name}": found for name, found in read_costs(f"{preset}/image").items()}
     if not video:
         return f"No recorded run of the preset `{preset}` yet."
-    rows = ["| stage | wall time | peak memory | machine | date |", "|---|---|---|---|---|"]
+    machines = list(dict.fromkeys(where for found in every.values() for where in found))
+    rows = [f"| stage | {' | '.join(machines)} | peak memory |", "|---" * (len(machines) + 2) + "|"]
     groups = (video, "the video model"), (image, "the image model"), (long, "long video")
     for costs, title in groups:
-        for name, c in costs.items():
-            cells = [name, duration(c["wall_s"]), f"{c['peak_mib'] / 1024:.1f} GiB"]
-            rows.append(f"| {' | '.join([*cells, c['machine'], c['date']])} |")
+        rows += [_cost_row(name, [found], machines) for name, found in costs.items()]
         if costs:
-            total = sum(c["wall_s"] for c in costs.values())
-            peak = max(c["peak_mib"] for c in costs.values()) / 1024
-            rows.append(f"| **{title}** | **{duration(total)}** | **{peak:.1f} GiB** | | |")
-    return "\n".join(rows)
+            rows.append(_cost_row(title, list(costs.values()), machines, "**"))
+    rows.append(_cost_row("all of it", [*video.values(), *image.values(), *long.values()],
+                          machines, "**"))  # fmt: skip
+    dates = [max(found[where]["date"] for found in every.values() if where in found)
+             for where in machines]  # fmt: skip
+    return "\n".join([*rows, f"| date | {' | '.join(dates)} | |"])
+
+
+def _cost_row(title: str, stages: list[dict], machines: list[str], mark: str = "") -> str:
+    """Sum of the stages' times on each machine that ran all of them, and the most memory."""
+    times = [duration(sum(found[where]["wall_s"] for found in stages))
+             if all(where in found for found in stages) else "" for where in machines]  # fmt: skip
+    peak = max(cost["peak_mib"] for found in stages for cost in found.values()) / 1024
+    cells = [title, *times, f"{peak:.1f} GiB"]
+    return f"| {' | '.join(f'{mark}{cell}{mark}' if cell else '' for cell in cells)} |"
 
 
 def result_table(preset: str) -> str:
