@@ -149,6 +149,10 @@ def test_make_prints_its_targets_and_ci_runs_the_tests():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert targets == {line.split()[0] for line in done.stdout.splitlines()[1:]}
     assert {"repro", "test", "lab", "notebooks", "book", "remote", "clean"} <= targets
+    for target, last in (("repro", "dvc repro"), ("test", "python -m pytest -n 2 ")):
+        plan = subprocess.run(["make", "-n", target], cwd=ROOT, env=env, text=True,
+                              capture_output=True, check=True)  # fmt: skip
+        assert plan.stdout.splitlines()[-1].startswith(last)
     assert "make test" in (ROOT / ".ci/run").read_text()
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
 

@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import statistics
+from itertools import takewhile
 from pathlib import Path
 
 FIRST_SECTIONS = ["Goal", "Parameters", "Setup"]
@@ -27,6 +28,8 @@ NOT_IN_CODE = {
     r"\.cuda\(\)|[\"']cuda[\"']|torch\.cuda": "a fixed device: take it from a parameter, or use "
                                             "torch.accelerator",
     r"outputs/tiny": "outputs/tiny: the defaults are the smoke run, in outputs/scratch",
+    r"\btime\.\w+\(|perf_counter|ru_maxrss": "a clock: what it reads differs from run to run; tlv "
+                                          "measures, and a cell tagged `measured` shows it",
 }
 
 
@@ -41,8 +44,8 @@ def lint(path) -> list[str]:
     problems = _file(path, notebook, cells, code, number)
     problems += _opening(cells, number) + _sections(prose) + _parameters(code, number)
     problems += _setup(cells)
-    problems += _rhythm(code, prose) + _code(code) + _outputs(code) + _exercises(prose)
-    problems += _pictures(prose, path.parent)
+    problems += _rhythm(code, prose, number) + _code(code) + _outputs(code) + _exercises(prose)
+    problems += _figures(cells) + _pictures(prose, path.parent)
     return problems
 
 
@@ -129,7 +132,7 @@ def _setup(cells) -> list[str]:
             if not any(word in line for line in lines)]  # fmt: skip
 
 
-def _rhythm(code, prose) -> list[str]:
+def _rhythm(code, prose, number) -> list[str]:
     found = []
     # The parameters cell has a limit of its own.
     cells = [c for c in code if "parameters" not in c["metadata"].get("tags", [])]
@@ -139,8 +142,9 @@ def _rhythm(code, prose) -> list[str]:
     found += [f"a code cell has {n} lines, at most 30" for n in lengths if n > 30]
     if len(prose) < len(code):
         found.append(f"{len(prose)} prose cells for {len(code)} code cells: at least as many")
-    if not any("pipeline_strip(" in c["source"] for c in code):
-        found.append("the pipeline strip is missing: viz.pipeline_strip(...)")
+    strip = f'viz.pipeline_strip("{number}")'
+    if not any(strip in c["source"] for c in code):
+        found.append(f"the pipeline strip is missing: {strip}")
     return found
 
 
@@ -171,6 +175,23 @@ def _outputs(code) -> list[str]:
     if sum(bool(c["outputs"]) for c in compared) < 5:
         found.append(f"{len(compared)} cells with compared output, at least 5 (nbval-check-output)")
     return found
+
+
+def _figures(cells) -> list[str]:
+    """The prose behind a figure says what to look for."""
+    found = []
+    for number, cell in enumerate(cells):
+        shown = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        behind = takewhile(_goes_with_a_figure, cells[number + 1 :])
+        if shown and "pipeline_strip(" not in cell["source"] and not any(
+            "Look for" in c["source"] for c in behind
+        ):
+            found.append(f"no prose behind the figure of cell {cell['id']} says `Look for`")
+    return found
+
+
+def _goes_with_a_figure(cell) -> bool:
+    return cell["cell_type"] == "markdown" or "measured" in cell["metadata"].get("tags", [])
 
 
 def _pictures(prose, folder) -> list[str]:
