@@ -400,6 +400,11 @@ def test_a_query_is_the_samples_own_or_the_question_without_options(sample, ques
     assert query_of(sample, [(question, None), ("And then?", None)]) == query
 
 
+def test_a_query_that_is_no_text_is_named():
+    with pytest.raises(ConversationError, match="sample 's': query 7 must be text"):
+        query_of({"id": "s", "query": 7}, [("Where?", None)])
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -104,7 +104,8 @@ def test_paths_inside_the_project_are_stored_the_same_in_every_clone():
 
 @pytest.mark.parametrize("changes,words", [
     ({"hostfile": "hosts"}, "launcher: deepspeed only"), ({"num_nodes": 2}, "master_addr"),
-    ({"num_ranks": 0}, "num_ranks = 0"), ({"node_rank": 1}, "node_rank = 1")])
+    ({"num_ranks": 0}, "num_ranks = 0"), ({"node_rank": 1}, "node_rank = 1"),
+    ({"master_port": 99999}, "master_port = 99999 must lie in 1 to 65535")])
 def test_launch_settings_that_cannot_work_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         build(LaunchConfig, changes)

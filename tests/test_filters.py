@@ -235,6 +235,16 @@ def test_funnel_counts_what_each_filter_leaves_and_refuses_a_repeated_id():
         Funnel({"x": [{"id": "a"}, {"id": "a"}]})
 
 
+@pytest.mark.parametrize("sample, message", [
+    ("x", "qa: #1: 'x' is no JSON object"), ({}, "qa: #1: id = None must be a text"),
+    ({"id": 3}, "qa: #1: id = 3 must be a text"),
+    ({"id": "b", "video": ["1", "2"]}, r"qa: #1: video = \['1', '2'\] must be .* single clips"),
+])  # fmt: skip
+def test_a_sample_that_no_filter_could_look_at_is_named(sample, message):
+    with pytest.raises(ValueError, match=message):
+        Funnel({"qa": [{"id": "a", "video": "1"}, sample]})
+
+
 def test_score_counts_own_kinds_and_lets_either_twin_stay():
     truth = {
         "copy1": {"kind": "duplicate", "twin": "orig1"},

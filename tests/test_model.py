@@ -262,6 +262,20 @@ def test_generation_batched_alone_and_without_a_cache(tiny, clip_frames):
     assert model.config.video_token_id not in together
 
 
+def test_an_answer_takes_one_token_a_pass_and_its_clips_are_encoded_once(tiny, clip_frames):
+    model, processor = tiny
+    batch = processor(text=prompts(processor, "<video>\nWhat is he doing?", "<video>\nWhere?"),
+                      videos=[clip_frames(4), clip_frames(3, seed=5)])  # fmt: skip
+    shapes, encoded = [], []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(given["inputs_embeds"].shape[:2]), with_kwargs=True)
+    model.vision_encoder.embeddings.register_forward_pre_hook(
+        lambda _, args: encoded.append(len(args[0])))
+    model.generate(**batch, min_new_tokens=5, max_new_tokens=5, do_sample=False)
+    assert shapes == [batch["input_ids"].shape, *[(2, 1)] * 4]
+    assert encoded == [4 + 3]
+
+
 def test_several_answers_keep_their_clips(tiny, clip_frames):
     model, processor = tiny
     text = prompts(processor, "<video>\nWhat?", "<video>\nWhat?", "<video>\nWhat?")

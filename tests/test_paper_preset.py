@@ -12,12 +12,14 @@ import math
 import sys
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from toy_manifest import make_world
+from toy_manifest import make_sample, make_world
 
-from tlv import ROOT, ask, chat, notebooks, recipes
+from tlv import ROOT, ask, chat, notebooks, recipes, train
 from tlv.builders import build_model, load_model
 from tlv.config import LaunchConfig, TrainConfig, build, load_json, load_params, resolve
 from tlv.data import VideoTextDataset, load_samples
@@ -110,6 +112,13 @@ def test_the_yamls_model_is_the_one_whose_parameters_are_counted():
     assert {name: getattr(config, name) for name in values} == values
     # what the YAML leaves open is what every model takes by itself
     assert (config.vision_feature_layer, config.image_mode) == (-2, "square")
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_MODELS)
+def test_published_models_answer_as_upstream_asks_them(preset):
+    values = load_params(ROOT / f"params/{preset}/05_evaluation.yaml")
+    assert (values["dtype"], values["max_new_tokens"]) == ("float32", 1024)
+    assert values["num_clips"] == 0  # all
 
 
 @pytest.mark.parametrize("preset", ["own", "own/image"])
@@ -209,7 +218,40 @@ def test_the_own_preset_tunes_adapters_on_one_device(vision_dir, llm_dir, tmp_pa
     assert "frames looked at: 4 of 6" in told
 
 
-def check_run(config: TrainConfig, num_ranks: int, start: Path, final: Path) -> None:
+@pytest.mark.slow
+def test_the_image_models_stages_run_three_steps_in_fp16(build_tiny, tmp_path, monkeypatch):
+    """ZeRO-3 and gradient checkpointing stay; in this process, whose CPU can be said to have it."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True)
+    values = load_params(ROOT / "params/paper/image/02_architecture.yaml")
+    kept = ("connector_type", "num_frames", "template", "drop_first_patch", "long_rows")
+    model_dir = tmp_path / "model"
+    for part in build_tiny(max_seq_len=512, **{key: values[key] for key in kept}):
+        part.save_pretrained(model_dir)
+    samples = [make_sample(i, "") for i in range(6)]
+    for i, sample in enumerate(samples):
+        del sample["video"]
+        sample["image"] = f"{i}.png"
+        sample["conversations"][0]["value"] = "<image>\nWhat is this?"
+        Image.new("RGB", (20, 24), (40 * i, 10, 10)).save(tmp_path / f"{i}.png")
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    for name in STAGES:
+        config = dataclasses.replace(
+            settings(name, "paper/image"), model_dir=str(model_dir), val_data=None,
+            data=str(tmp_path / "data.json"), videos_dir=str(tmp_path), num_steps=3,
+            out_dir=str(tmp_path / name), num_epochs=None, micro_batch_size=1,
+            grad_accum_steps=2, num_workers=0, num_threads=1, device="cpu")
+        assert config.precision == "fp16" and config.gradient_checkpointing
+        train.train(config)
+        final = tmp_path / name / "checkpoint"
+        check_run(config, 1, model_dir, final, torch.float16)
+        model_dir = final
+    told = ask.ask(tmp_path / "0.png", "What is this?", model_dir, max_new_tokens=4)
+    assert "frames looked at: the picture" in told
+
+
+def check_run(config: TrainConfig, num_ranks: int, start: Path, final: Path,
+              dtype: torch.dtype = torch.bfloat16) -> None:
     rows = read_log(Path(config.out_dir) / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
@@ -224,9 +266,9 @@ def check_run(config: TrainConfig, num_ranks: int, start: Path, final: Path) -> 
     assert report["trained_parameters"] == counts
     before, after = (load_file(folder / "model.safetensors") for folder in (start, final))
     assert before.keys() == after.keys()
-    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
     changed = {name.split(".")[0] for name, tensor in before.items()
-               if not torch.equal(tensor.to(torch.bfloat16), after[name])}
+               if not torch.equal(tensor.to(dtype), after[name])}
     modules = {"connector": "connector", "llm": "language_model"}
     assert changed == {modules[part] for part in config.trainable}
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,6 +62,12 @@ def configure(model_dir, world, tmp_path):
         return TrainConfig(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def fp16_here(monkeypatch):
+    """DeepSpeed has fp16 on CPUs with instructions for it alone; torch has it, slowly, on all."""
+    monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True)
 
 
 def run(config) -> list[dict]:
@@ -208,15 +216,32 @@ def test_equal_runs_write_equal_bytes_whatever_the_folder(configure):
     assert "model.safetensors" in contents(first)
 
 
+# ---- what must change them ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_samples,changes", [
+    (10, {}),  # the order of the samples
+    (8, dict(group_by_length=True)),  # no two are equally long: the order of the batches alone
+    (1, dict(lora=("llm",), lora_rank=4, lora_alpha=8.0, lora_dropout=0.5)),  # adapters, dropout
+    (1, dict(spread_positions=True))])
+def test_another_seed_gives_other_losses(configure, world, tmp_path, num_samples, changes):
+    samples = json.loads((world / "data.json").read_text())[:num_samples]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    common = dict(data=str(tmp_path / "data.json"), num_steps=min(4, num_samples + 1),
+                  micro_batch_size=min(2, num_samples), grad_accum_steps=1, warmup_ratio=0.0)
+    first, second = (run(configure(f"seed{k}", seed=k, **common, **changes)) for k in (0, 1))
+    assert losses(first) != close(second, 1e-4)
+
+
 # ---- resuming -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage,precision,others", [
-    (0, "fp32", {}), (3, "bf16", {}), (0, "fp32", dict(optimizer="muon")),
+    (0, "fp32", {}), (3, "bf16", {}), (2, "fp16", {}), (0, "fp32", dict(optimizer="muon")),
     # Dropout draws from the generator that a checkpoint holds.
     (0, "fp32", dict(lora=("llm",), lora_rank=4, lora_alpha=8.0, lora_dropout=0.5))])
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    configure, world, monkeypatch, capsys, stage, precision, others
+    configure, fp16_here, world, monkeypatch, capsys, stage, precision, others
 ):
     common = dict(save_every=2, num_steps=7, val_data=str(world / "data.json"), val_every=3,
                   precision=precision, zero_config=f"params/deepspeed_zero{stage}.json", **others)
@@ -232,6 +257,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert contents(broken) == contents(whole)
     root = checkpoint.resume_root(broken.out_dir)
     assert not list(root.glob("*/step-*"))  # nothing left behind
+
+
+def test_random_numbers_of_numpy_and_python_go_on_too(configure, monkeypatch):
+    """As a reader's own connector may draw them."""
+    answer_nll = train.answer_nll
+    monkeypatch.setattr(train, "answer_nll", lambda *args: answer_nll(*args)
+                        * (1 + np.random.rand()) * (1 + random.random()))  # fmt: skip
+    whole, broken = (configure(name, save_every=2) for name in ("whole", "broken"))
+    run(whole)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        Interrupt(3, patch)
+        run(broken)
+    run(broken)
+    assert contents(broken) == contents(whole)
 
 
 def test_two_ranks_that_are_killed_go_on_as_if_nothing_had_been(configure, capfd):
@@ -308,6 +347,32 @@ def test_only_the_trainable_parts_change(configure, model_dir, trainable, prefix
     assert {part for part, n in report["trained_parameters"].items() if n} == set(trainable)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_first_step_of_warm_up_leaves_the_weights_as_they_were(configure, model_dir, optimizer):
+    start, moved = load_file(model_dir / "model.safetensors"), {}
+    for warmup_ratio in (0.5, 0.0):
+        config = configure(optimizer=optimizer, num_steps=1, warmup_ratio=warmup_ratio)
+        run(config)
+        end = load_file(Path(config.out_dir) / "checkpoint" / "model.safetensors")
+        moved[warmup_ratio] = any(not torch.equal(end[name], start[name]) for name in start)
+    assert moved == {0.5: False, 0.0: True}
+
+
+def test_gradient_checkpointing_computes_the_layers_twice(configure, monkeypatch):
+    start_engine = train.start_engine
+
+    def watched(config, model):
+        for layer in model.language_model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda part, _: calls.append(part))
+        return start_engine(config, model)
+
+    monkeypatch.setattr(train, "start_engine", watched)
+    for is_on, times in ((True, 2), (False, 1)):
+        calls = []
+        run(configure(gradient_checkpointing=is_on, num_steps=1, grad_accum_steps=1))
+        assert [calls.count(part) for part in set(calls)] == [times] * 2  # layers
+
+
 def test_the_finished_model_loads_and_answers(configure):
     from tlv.builders import load_model
 
@@ -343,18 +408,34 @@ def test_16_bit_without_zero_follows_16_bit_with_it(configure):
                   ) == close(first, 2e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available()
-                    and not deepspeed.get_accelerator().is_fp16_supported(),
-                    reason="DeepSpeed has fp16 on GPUs and on CPUs with instructions for it")
-def test_fp16_follows_fp32(configure, monkeypatch):
-    monkeypatch.delenv("DS_ACCELERATOR")  # these tests' own is the CPU; the ranks choose theirs
-    rows = {}
-    for precision, zero in (("fp16", 3), ("fp32", 0)):
-        config = configure(precision, precision=precision, device="auto",
-                           zero_config=f"params/deepspeed_zero{zero}.json")
-        launch(config, LaunchConfig())
-        rows[precision] = read_log(Path(config.out_dir) / "log.jsonl")
-    assert losses(rows["fp16"]) == close(rows["fp32"], 0.02)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_follows_fp32(configure, fp16_here, stage):
+    config = configure("fp16", precision="fp16", max_grad_norm=1.0,
+                       zero_config=f"params/deepspeed_zero{stage}.json")
+    half, whole = run(config), run(configure("fp32", max_grad_norm=1.0))
+    assert losses(half) == close(whole, 1e-3)
+    norms = [row["grad_norm"] for row in half]
+    assert norms == pytest.approx([row["grad_norm"] for row in whole], rel=5e-3)
+    state = load_file(Path(config.out_dir) / "checkpoint" / "model.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.float16}
+
+
+def test_a_step_that_overflows_fp16_is_skipped_and_the_next_is_taken(
+    configure, fp16_here, model_dir, monkeypatch
+):
+    answer_nll = train.answer_nll
+    monkeypatch.setattr(train, "answer_nll", lambda *args: answer_nll(*args) * next(factors))
+    start = load_file(model_dir / "model.safetensors")
+    moved = {}
+    for num_steps in (1, 2):
+        config = configure(precision="fp16", num_steps=num_steps, warmup_ratio=0.0,
+                           zero_config="params/deepspeed_zero2.json")
+        factors = iter([1e6, 1e6, 1.0, 1.0])  # the first step's two micro-batches, the second's
+        norms = [row["grad_norm"] for row in run(config)]
+        assert norms[0] is None and all(norm > 0.1 for norm in norms[1:])
+        end = load_file(Path(config.out_dir) / "checkpoint" / "model.safetensors")
+        moved[num_steps] = any(not torch.equal(end[name], start[name].half()) for name in start)
+    assert moved == {1: False, 2: True}
 
 
 def test_a_selector_on_a_gpu_and_workers_are_refused(tiny):
@@ -407,16 +488,36 @@ def test_what_stops_two_ranks_is_said_once(configure, tmp_path):
     ({"model_dir": "/nowhere"}, "model_dir = /nowhere/config.json: .* does not exist"),
     ({"videos_dir": "/nowhere"}, "videos_dir = /nowhere: .* is no folder; it is named in the"),
     ({"optimizer": "muon", "precision": "bf16"}, "'muon' with .* precision = 'bf16': it needs"),
-    ({"optimizer": "muon", "zero_config": "params/deepspeed_zero2.json"}, "take fp32 and ZeRO 0")])
-def test_missing_inputs_are_named_before_anything_starts(configure, changes, message):
+    ({"optimizer": "muon", "zero_config": "params/deepspeed_zero2.json"}, "take fp32 and ZeRO 0"),
+    ({"zero_config": {"zero_optimisation": {"stage": 3}}}, "zero.json: must be an object with z"),
+    ({"zero_config": {"zero_optimization": {"stage": 7}}}, "zero.json: .* a stage from 0 to 3"),
+    ({"zero_config": {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}},
+     "zero.json: gradient_clipping is set by the stage's own parameters; leave it out"),
+    ({"precision": "fp16"}, "'fp16' with .*deepspeed_zero0.json.* take ZeRO 1 to 3, or 'bf16'")])
+def test_wrong_inputs_are_named_before_anything_starts(configure, changes, message, tmp_path):
+    if isinstance(changes.get("zero_config"), dict):
+        (tmp_path / "zero.json").write_text(json.dumps(changes["zero_config"]))
+        changes = {"zero_config": str(tmp_path / "zero.json")}
     with pytest.raises(ConfigError, match=message):
         launch(configure(**changes))
+
+
+def test_a_wrong_key_of_zero_is_named_with_its_file(configure, tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "stagee": 1}}')
+    with pytest.raises(ConfigError, match="zero.json: zero_optimization: stagee: Extra inputs"):
+        run(configure(zero_config=str(tmp_path / "zero.json")))
+
+
+def test_a_missing_hostfile_is_named(configure):
+    hosts = LaunchConfig(launcher="deepspeed", hostfile="/nowhere", master_addr="a", master_port=7)
+    with pytest.raises(ConfigError, match="hostfile = /nowhere: no such file; it names a machine"):
+        launch(configure(), hosts)
 
 
 def test_fp16_on_a_cpu_without_it_is_refused_with_what_to_take(configure, monkeypatch):
     monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(ConfigError, match="precision = 'fp16' needs a GPU; take 'bf16' or 'fp32'"):
-        run(configure(precision="fp16"))
+        run(configure(precision="fp16", zero_config="params/deepspeed_zero2.json"))
 
 
 def test_a_second_run_of_a_live_stage_is_refused(configure):

@@ -9,6 +9,7 @@ from toy_manifest import make_world
 
 from tlv import ROOT, validate
 from tlv.config import ConfigError
+from tlv.toy_data import CARD_KEYS
 
 QUESTION = {"id": "q", "video": "clip0.mp4", "type": "colour", "form": "choice",
             "question": "What colour?\nA. red\nB. blue", "answer": "B",
@@ -71,16 +72,26 @@ def test_a_clip_that_does_not_decode_is_found_only_when_asked_for(card, tmp_path
     assert ["torn.mp4" in reason for reason in reasons(path, decode=True)] == [True]
 
 
+def test_test_questions_are_looked_at_before_they_are_asked(card, tmp_path):
+    (tmp_path / "asked.json").write_text(json.dumps([card.question, {"id": 1}]))
+    with pytest.raises(ConfigError, match="asked.json: #1: lacks video, type"):
+        validate.load_questions(tmp_path / "asked.json")
+    (tmp_path / "asked.json").write_text(json.dumps([card.question]))
+    assert validate.load_questions(tmp_path / "asked.json") == [card.question]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         ('{"videos_dir": "x"}', "lacks raw_captions, raw_qa, .*; a card names"),
         ('[{"videos_dir": "x"}]', r"card.json: \[\{'videos_dir': 'x'\}\] is no JSON object"),
         ("null", "card.json: None is no JSON object"),
-        (json.dumps(dict.fromkeys(validate.CARD_KEYS, "x") | {"llm_dir": 7}),
+        (json.dumps(dict.fromkeys(CARD_KEYS, "x") | {"llm_dir": 7}),
          "card.json: llm_dir = 7 must be a path in quotes"),
-        (json.dumps(dict.fromkeys(validate.CARD_KEYS, "x") | {"pair_dir": None}),
+        (json.dumps(dict.fromkeys(CARD_KEYS, "x") | {"pair_dir": None}),
          "card.json: pair_dir = None must be a path in quotes"),
+        (json.dumps(dict.fromkeys(CARD_KEYS, "x") | {"pair_dri": "x"}),
+         "card.json: unknown key 'pair_dri'; a card names .*, and may name pair_dir, truth"),
     ],
 )  # fmt: skip
 def test_a_card_without_its_parts_is_refused(content, message, tmp_path, capsys):
@@ -190,4 +201,4 @@ def test_an_unfinished_copy_of_a_model_is_a_problem(part, spoil, message, card, 
 def test_the_cards_of_the_project_name_every_part(name, capsys):
     """Their data is not here, so each part is reported missing, and none is forgotten."""
     problems, _ = validate.check_card(ROOT / "data" / name)
-    assert {problem.part for problem in problems} == set(validate.CARD_KEYS)
+    assert {problem.part for problem in problems} == set(CARD_KEYS)

@@ -4,9 +4,11 @@ import os
 import pickle
 import signal
 import time
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import decord
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlv import ROOT, video, video_child
+from tlv import ROOT, video, video_child, world
 from tlv.mp4 import write_video
 from tlv.video import VideoError
 from tlv.video_child import read_chunks_within, sample_frames_within
@@ -197,6 +199,13 @@ def test_decord_alone_is_asked_for_the_frames_needed_each_once(clip_path, asked)
     assert asked == [("decord", [3, 40, 59]), ("decord", [0, 19, 39, 59])]
 
 
+def test_decord_reads_the_clips_of_the_toy_world(tmp_path, asked):
+    scene = world.sample_scene(np.random.default_rng(0))
+    write_video(tmp_path / "toy.mp4", world.render(scene), world.FPS)
+    video.read_frames(tmp_path / "toy.mp4", [0, 9])
+    assert asked == [("decord", [0, 9])]
+
+
 def test_pyav_reads_the_frames_needed_where_decord_raises(clip_path, asked, monkeypatch):
     def fail(self, indices):
         raise decord.DECORDError("it cannot")
@@ -309,6 +318,15 @@ def test_pictures_are_clips_of_one_frame(tmp_path):
         video.read_image(tmp_path / "text.png")
 
 
+def test_a_picture_too_large_to_be_honest_is_not_readable(tmp_path, monkeypatch):
+    from PIL import Image
+
+    Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(VideoError, match="large.png: not a readable picture: .*decompression bomb"):
+        video.read_image(tmp_path / "large.png")
+
+
 # ---- bad files ------------------------------------------------------------------------------
 
 
@@ -345,6 +363,35 @@ def test_bad_file_gives_one_typed_error(tmp_path, clip_path, kind, timeout_s):
     assert caught.value.path == str(path) and caught.value.reason
     assert str(path) in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 30])
+def test_a_clip_whose_frames_change_size_is_named(tmp_path, timeout_s):
+    parts = [encode(tmp_path / f"{height}.ts", numbered_frames(6, height), format="mpegts")
+             for height in (48, 64)]
+    (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(VideoError, match="both.ts: its frames change size, from 64x"):
+        sample_frames_within(timeout_s, tmp_path / "both.ts", num_frames=12)
+
+
+@pytest.mark.parametrize("lost, reason", [
+    ({"codec_context": None}, "of an unknown codec"), ({"is_keyframe": False}, "could start at")])
+def test_a_stream_that_cannot_be_decoded_is_named(clip_path, monkeypatch, lost, reason):
+    """What PyAV gives for a stream of a codec that it does not know, and one without keyframes."""
+    packet = SimpleNamespace(size=9, is_discard=False, pts=0, **({"is_keyframe": True} | lost))
+    context = SimpleNamespace(name="h264")
+    stream = SimpleNamespace(**({"codec_context": context, "frames": 1, "average_rate": 8,
+                                 "time_base": Fraction(1, 8)} | lost))  # fmt: skip
+
+    @contextmanager
+    def opened(path):
+        yield SimpleNamespace(streams=SimpleNamespace(best=lambda kind: stream),
+                              demux=lambda stream: [packet],
+                              format=SimpleNamespace(name="mp4"))
+
+    monkeypatch.setattr(video, "_open", opened)
+    with pytest.raises(VideoError, match=reason):
+        video.read_frames(clip_path)
 
 
 def test_sound_only_file_is_named(tmp_path):

@@ -1,19 +1,22 @@
 """The toy world: the same bytes every time, truthful questions, nothing given away by one frame."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
-from tlv import defects, questions, toy_data, world
+from tlv import ROOT, defects, questions, toy_data, world
 from tlv.chat import parse_conversation
 from tlv.evaluate import extract_choice
 from tlv.filters import caption_of, is_good_caption, is_well_formed
 from tlv.toy_data import make_pictures, make_world, read_card
-from tlv.video import VideoError, read_frames, read_image
+from tlv.video import VideoError, probe, read_frames, read_image
 
 SIZES = dict(seed=5, num_train=40, num_val=3, num_test=12, defect_share=0.05)
 
@@ -234,6 +237,44 @@ def test_the_world_is_the_same_bytes_on_every_run(card, tmp_path):
     assert names == sorted(p.name for p in again["videos_dir"].iterdir())
     for name in names:
         assert (card["videos_dir"] / name).read_bytes() == (again["videos_dir"] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_world_is_the_same_whatever_the_hash_seed(tmp_path):
+    """Sets of strings have another order in every process."""
+    code = """if True:
+        import hashlib, sys
+        from pathlib import Path
+        from tlv.toy_data import make_world
+        make_world(sys.argv[1], seed=0, num_train=8, num_val=2, num_test=3, defect_share=0.1)
+        files = sorted(path for path in Path(sys.argv[1]).rglob("*") if path.is_file())
+        for path in files:
+            print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    """
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / seed)], cwd=ROOT, check=True,
+            capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.splitlines()
+        for seed in "01"
+    ]  # fmt: skip
+    assert len(told[0]) > 13 and told[0] == told[1]
+
+
+def test_clips_are_small_short_and_of_eight_frames_a_second(card):
+    """By what the files say."""
+    truth = truth_of(card)
+    clean = {
+        sample["video"]
+        for key in ("raw_captions", "val_captions", "test_questions")
+        for sample in json.loads(card[key].read_text())
+        if sample["id"] not in truth
+    }
+    found = [probe(card["videos_dir"] / name) for name in clean]
+    assert len(found) > 40
+    for info in found:
+        assert 48 <= info.width <= 64 and 48 <= info.height <= 64
+        assert 2 <= info.duration <= 8 and info.fps == pytest.approx(8, abs=0.5)
 
 
 def test_every_kind_of_defect_is_planted_in_its_share(card):

@@ -80,8 +80,12 @@ def _odd_ends(sample) -> tuple[bool, bool]:
 
 def query_of(sample: dict, turns) -> str:
     """What a sample's frames are compared with: its own `query`, or the first question's first
-    line. Taught in notebook 06."""
-    return sample.get("query") or PLACEHOLDER.sub("", turns[0][0]).strip().split("\n")[0]
+    line. Raises ConversationError. Taught in notebook 06."""
+    query = sample.get("query")
+    if not isinstance(query or "", str):
+        raise ConversationError(f"sample {sample.get('id', '(no id)')!r}: query {query!r:.60} must "
+                                "be text")
+    return query or PLACEHOLDER.sub("", turns[0][0]).strip().split("\n")[0]
 
 
 def write_conversation(turns, visual: str = "video") -> list[dict]:

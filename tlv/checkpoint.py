@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tlv import ROOT
@@ -134,7 +136,9 @@ def save_step(engine, folder: Path, step: int, state: dict, ranks) -> None:
     ranks.barrier()
     engine.save_checkpoint(str(draft), tag="engine", save_latest=False,
                            exclude_frozen_parameters=True)
-    random_state = {"cpu": torch.get_rng_state()}
+    name, words, *rest = np.random.get_state()
+    random_state = {"cpu": torch.get_rng_state(), "python": random.getstate(),
+                    "numpy": (name, words.tolist(), *rest)}  # fmt: skip
     if ranks.device.type == "cuda":
         random_state["cuda"] = torch.cuda.get_rng_state(ranks.device)
     torch.save(random_state, draft / f"random-{ranks.rank}.pt")
@@ -156,6 +160,9 @@ def load_step(engine, path: Path, ranks) -> dict:
     engine.load_checkpoint(str(path), tag="engine", load_module_strict=False)
     random_state = torch.load(path / f"random-{ranks.rank}.pt", weights_only=True)
     torch.set_rng_state(random_state["cpu"])
+    random.setstate(random_state["python"])
+    name, words, *rest = random_state["numpy"]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
     if "cuda" in random_state:
         torch.cuda.set_rng_state(random_state["cuda"], ranks.device)
     return json.loads((path / "state.json").read_text())

@@ -283,6 +283,8 @@ class LaunchConfig:
                  f"node_rank = {self.node_rank} must lie in [0, num_nodes = {self.num_nodes})")
         _require(self.hostfile is None or self.launcher == "deepspeed",
                  f"hostfile = {self.hostfile!r} is read by launcher: deepspeed only")
+        _require(self.master_port is None or 0 < self.master_port < 65536,
+                 f"master_port = {self.master_port} must lie in 1 to 65535; null takes a free one")
         is_far = self.num_nodes > 1 or self.hostfile is not None
         _require(not is_far or self.master_addr != "127.0.0.1",
                  "several machines need master_addr, the address of the first one")

@@ -33,9 +33,13 @@ class Funnel:
         self.kept = {name: list(samples) for name, samples in pools.items()}
         self.removed: dict[str, dict[str, str]] = {}
         self.steps = [("raw", self._sizes())]
+        for pool, samples in pools.items():
+            for number, sample in enumerate(samples):
+                _check_form(sample, f"{pool}: #{number}")
         ids = Counter(s["id"] for samples in pools.values() for s in samples)
         if twice := [i for i, count in ids.items() if count > 1]:
-            raise ValueError(f"sample id {twice[0]!r} occurs {ids[twice[0]]} times; ids are unique")
+            raise ValueError(f"sample id {twice[0]!r} occurs {ids[twice[0]]} times in "
+                             f"{' and '.join(pools)}; ids are unique")
 
     def _sizes(self) -> dict[str, int]:
         return {name: len(samples) for name, samples in self.kept.items()}
@@ -54,6 +58,17 @@ class Funnel:
         """The clips that some kept sample still needs, in name order."""
         names = {s.get("video") for samples in self.kept.values() for s in samples}
         return sorted(names - {None})
+
+
+def _check_form(sample, where: str) -> None:
+    """What the filters need of a sample before one of them can look at it. Raises ValueError."""
+    if not isinstance(sample, dict):
+        raise ValueError(f"{where}: {sample!r:.60} is no JSON object")
+    for key, is_needed in (("id", True), ("video", False)):
+        value = sample.get(key)
+        if (is_needed or value is not None) and not isinstance(value, str):
+            raise ValueError(f"{where}: {key} = {value!r:.60} must be a text"
+                             + (", one file name: filters look at single clips" * (not is_needed)))
 
 
 def score_filters(removed: dict[str, dict], truth: dict[str, dict]) -> dict[str, dict]:

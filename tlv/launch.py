@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 
 from tlv import ROOT, checkpoint
-from tlv.config import LaunchConfig, TrainConfig, as_dict, load_json, resolve
+from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict, load_json, resolve
 from tlv.files import write_json
 from tlv.ranks import free_port
 from tlv.runlog import SAID, say
@@ -90,6 +90,10 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
 
     launch_config = launch_config or LaunchConfig()
     check_inputs(config)
+    hostfile = launch_config.hostfile
+    if hostfile is not None and not resolve(hostfile).is_file():
+        raise ConfigError(f"hostfile = {hostfile}: no such file; it names a machine a line, such "
+                          "as `name slots=8`")
     final = resolve(config.out_dir) / "checkpoint"
     if find_finished(config, launch_config):
         say(f"a finished run with equal settings, inputs and code is there: {final}")

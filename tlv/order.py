@@ -59,6 +59,7 @@ def sample_key(sample) -> tuple[int, int]:
     if not isinstance(sample, dict):
         return 0, 0  # a bad sample; it is found out when it is read
     turns = sample.get("conversations")
-    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if turns else []
+    turns = turns if isinstance(turns, list) else []
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     num_words = sum(len(text.split()) for text in texts if isinstance(text, str))
     return 2 if sample.get("video") else 1 if sample.get("image") else 0, num_words

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from tlv import checkpoint, lora
 from tlv.bad_samples import BadSamples, TooManyBadSamples
@@ -33,6 +34,8 @@ from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
 from tlv.recipes import count_warmup_steps, learning_rate, parameter_groups, set_trainable
 from tlv.runlog import SAID, RunLog, bar, say
 
+SET_HERE = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+            "gradient_clipping", "bf16", "fp16", "optimizer", "scheduler"}  # not by a ZeRO file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -247,14 +250,30 @@ def check_inputs(config: TrainConfig) -> None:
     if not resolve(config.videos_dir).is_dir():
         raise ConfigError(f"videos_dir = {config.videos_dir}: {resolve(config.videos_dir)} is no "
                           "folder; it is named in the data card (world.json)")
-    zero = load_json(resolve(config.zero_config)).get("zero_optimization", {})
+    zero = load_zero(config.zero_config)
     if config.optimizer == "muon" and (zero.get("stage") or config.precision != "fp32"):
         raise ConfigError(f"optimizer = 'muon' with {config.zero_config} and precision = "
                           f"{config.precision!r}: it needs whole matrices; take fp32 and ZeRO 0, "
                           "or 'adamw'")
+    if config.precision == "fp16" and not zero.get("stage"):
+        raise ConfigError(f"precision = 'fp16' with {config.zero_config}: without ZeRO DeepSpeed "
+                          "divides the gradients by a loss scale that it never multiplied the "
+                          "loss by; take ZeRO 1 to 3, or 'bf16'")
     if config.quantize and zero.get("stage") == 3:
         raise ConfigError(f"quantize = {config.quantize!r}, but {config.zero_config} shares out "
                           "every matrix; take ZeRO 0 to 2")
+
+
+def load_zero(path) -> dict:
+    """The `zero_optimization` of a ZeRO settings file. Raises ConfigError."""
+    settings = load_json(resolve(path))
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: must be an object with zero_optimization, and in it a stage "
+                          "from 0 to 3; see params/deepspeed_zero2.json")
+    if taken := sorted(settings.keys() & SET_HERE):
+        raise ConfigError(f"{path}: {taken[0]} is set by the stage's own parameters; leave it out")
+    return zero
 
 
 @contextlib.contextmanager
@@ -311,7 +330,11 @@ def start_engine(config: TrainConfig, model):
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    try:
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{config.zero_config}: zero_optimization: {wrong}") from error
     if config.precision != "fp32" and engine.zero_optimization_stage() == 0:
         # DeepSpeed has made an empty step here, which leaves Adam's bias correction one step off.
         optimizer.state.clear()

@@ -16,10 +16,11 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from tlv.chat import odd_turns, parse_conversation, visual_of
+from tlv.chat import odd_turns, parse_conversation, query_of, visual_of
 from tlv.config import ConfigError, load_json, resolve
+from tlv.data import load_samples
 from tlv.pretrained import ModelFolderError, check_weights, load_part, read_config
-from tlv.toy_data import CARD_KEYS
+from tlv.toy_data import load_card
 from tlv.video import VideoError, sample_frames
 
 MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
@@ -41,7 +42,7 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     `decode` also reads a frame of every clip, which takes a while. ConfigError if the card itself
     cannot be read.
     """
-    card, problems, counts, seen = _read_card(path), [], Counter(), {}
+    card, problems, counts, seen = load_card(path), [], Counter(), {}
     videos = resolve(card["videos_dir"])
     if not videos.is_dir():
         problems.append(Problem("videos_dir", f"{videos}: no such folder"))
@@ -70,22 +71,15 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     return problems, counts
 
 
-def _read_card(path) -> dict:
-    """A card with every part named. Raises ConfigError."""
-    try:
-        card = load_json(path)
-    except OSError as error:  # a folder, say
-        raise ConfigError(f"{path}: not readable: {error}") from error
-    names = ", ".join(CARD_KEYS)
-    if not isinstance(card, dict):
-        raise ConfigError(f"{path}: {card!r:.60} is no JSON object; a card names {names}")
-    missing = [key for key in CARD_KEYS if not card.get(key)]
-    if missing:
-        raise ConfigError(f"{path}: lacks {', '.join(missing)}; a card names {names}")
-    for key in (*CARD_KEYS, "pair_dir"):
-        if not isinstance(card.get(key, ""), str):
-            raise ConfigError(f"{path}: {key} = {card[key]!r:.60} must be a path in quotes")
-    return card
+def load_questions(path) -> list[dict]:
+    """Test questions, each with all that notebook 05 asks of one. Raises ConfigError."""
+    questions = load_samples(path)
+    for number, question in enumerate(questions):
+        try:
+            _check_question(question)
+        except ValueError as error:
+            raise ConfigError(f"{path}: #{number}: {error}") from error
+    return questions
 
 
 def _check_folder(path: Path, part: str, loader) -> None:
@@ -105,11 +99,10 @@ def _check_folder(path: Path, part: str, loader) -> None:
 def _check_sample(sample) -> None:
     if not isinstance(sample, dict):
         raise ValueError(f"{sample!r:.60} is no JSON object")
-    parse_conversation(sample)
+    turns = parse_conversation(sample)
     if odd := odd_turns(sample):
         raise ValueError(f"sample {sample.get('id', '(no id)')!r}: {'; '.join(odd)}")
-    if not isinstance(sample.get("query") or "", str):
-        raise ValueError(f"query {sample['query']!r:.60} must be text")
+    query_of(sample, turns)
 
 
 def _check_question(question) -> None:

@@ -118,17 +118,24 @@ def _index(path) -> _Index:
     pts, keys, is_closed = [], [], True
     with _open(path) as container:
         stream = container.streams.best("video")
+        if stream.codec_context is None or stream.time_base is None:
+            raise VideoError(path, "of an unknown codec; re-encode it as H.264")
         promised, rate, time_base = stream.frames, stream.average_rate, float(stream.time_base)
         codec, kind = stream.codec_context.name, container.format.name
-        for packet in container.demux(stream):  # one at a time: together they are the whole file
-            if not packet.size or packet.is_discard:
-                continue
-            pts.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append(packet.pts)
-                is_closed &= codec != "h264" or _is_idr(bytes(packet))
+        try:
+            for packet in container.demux(stream):  # one at a time: together they are the file
+                if not packet.size or packet.is_discard:
+                    continue
+                pts.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+                    is_closed &= codec != "h264" or _is_idr(bytes(packet))
+        except av.FFmpegError as error:
+            raise VideoError(path, f"damaged: {_brief(error)}; copy it again") from error
     if not pts or None in pts:
         raise VideoError(path, "its frames carry no times; remux it with ffmpeg first")
+    if not keys:
+        raise VideoError(path, "no frame that decoding could start at; re-encode it")
     if promised > len(pts):
         raise VideoError(path, f"truncated: its header promises {promised} frames, the file holds "
                                f"{len(pts)}; copy it again")
@@ -187,10 +194,13 @@ def _decode_with_pyav(path, index: _Index, numbers):
 
     Seeks to the keyframe before each frame; where that fails (MPEG-TS), reads from the start.
     """
-    wanted = [index.pts[i] for i in numbers]
+    wanted, shape = [index.pts[i] for i in numbers], None
     try:
         for can_seek in (True, False):
             for image in _frames_at(path, index, list(wanted), can_seek):
+                if image.shape != (shape := shape or image.shape):
+                    raise VideoError(path, f"its frames change size, from {shape[1]}x{shape[0]} to "
+                                           f"{image.shape[1]}x{image.shape[0]}; re-encode it")
                 del wanted[0]
                 yield image
     except av.FFmpegError as error:
@@ -330,5 +340,5 @@ def read_image(path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise VideoError(path, f"not a readable picture: {_brief(error)}") from error
