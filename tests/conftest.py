@@ -118,3 +118,11 @@ def clip_frames():
         return rng.integers(0, 256, (num_frames, 20, 24, 3), dtype=np.uint8)
 
     return make
+
+
+@pytest.fixture
+def fp16_here(monkeypatch):
+    """DeepSpeed has fp16 on CPUs with instructions for it alone; torch has it, slowly, on all."""
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True)

@@ -12,7 +12,6 @@ import math
 import sys
 from pathlib import Path
 
-import deepspeed
 import pytest
 import torch
 from PIL import Image
@@ -219,10 +218,11 @@ def test_the_own_preset_tunes_adapters_on_one_device(vision_dir, llm_dir, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_image_models_stages_run_three_steps_in_fp16(build_tiny, tmp_path, monkeypatch):
+def test_the_image_models_stages_run_three_steps_in_fp16(
+    build_tiny, fp16_here, tmp_path, monkeypatch
+):
     """ZeRO-3 and gradient checkpointing stay; in this process, whose CPU can be said to have it."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True)
     values = load_params(ROOT / "params/paper/image/02_architecture.yaml")
     kept = ("connector_type", "num_frames", "template", "drop_first_patch", "long_rows")
     model_dir = tmp_path / "model"

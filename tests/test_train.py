@@ -64,12 +64,6 @@ def configure(model_dir, world, tmp_path):
     return make
 
 
-@pytest.fixture
-def fp16_here(monkeypatch):
-    """DeepSpeed has fp16 on CPUs with instructions for it alone; torch has it, slowly, on all."""
-    monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True)
-
-
 def run(config) -> list[dict]:
     train.train(config)
     return read_log(Path(config.out_dir) / "log.jsonl")
@@ -418,6 +412,18 @@ def test_fp16_follows_fp32(configure, fp16_here, stage):
     assert norms == pytest.approx([row["grad_norm"] for row in whole], rel=5e-3)
     state = load_file(Path(config.out_dir) / "checkpoint" / "model.safetensors")
     assert {t.dtype for t in state.values()} == {torch.float16}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_fp16_follows_fp32_on_a_gpu(configure, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR")  # these tests' own is the CPU; the ranks choose theirs
+    rows = {}
+    for precision, zero in (("fp16", 3), ("fp32", 0)):
+        config = configure(precision, precision=precision, device="auto",
+                           zero_config=f"params/deepspeed_zero{zero}.json")
+        launch(config, LaunchConfig())
+        rows[precision] = read_log(Path(config.out_dir) / "log.jsonl")
+    assert losses(rows["fp16"]) == close(rows["fp32"], 0.02)
 
 
 def test_a_step_that_overflows_fp16_is_skipped_and_the_next_is_taken(

@@ -306,8 +306,6 @@ def test_the_plan_names_the_frames_that_sampling_reads(clip_path):
 
 
 def test_pictures_are_clips_of_one_frame(tmp_path):
-    from PIL import Image
-
     Image.fromarray(numbered_frames(1)[0]).save(tmp_path / "picture.png")
     frames = video.read_image(tmp_path / "picture.png")
     clip = video.sample_frames(tmp_path / "picture.png", num_frames=8)  # a clip of one frame
@@ -319,8 +317,6 @@ def test_pictures_are_clips_of_one_frame(tmp_path):
 
 
 def test_a_picture_too_large_to_be_honest_is_not_readable(tmp_path, monkeypatch):
-    from PIL import Image
-
     Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(VideoError, match="large.png: not a readable picture: .*decompression bomb"):
