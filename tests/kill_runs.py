@@ -17,9 +17,10 @@ import torch
 
 import tlv.model  # noqa: F401  (imported once here, so that a round costs a fork)
 from tlv import checkpoint, files
-from tlv.config import TrainConfig, build, load_json, resolve
+from tlv.config import build, load_json, resolve
 from tlv.runlog import RunLog
 from tlv.train import train
+from tlv.train_config import TrainConfig
 
 MAX_POINT = 50  # a run of four steps that saves at each makes about 60 watched calls
 WATCHED = [(os, "replace"), (os, "fsync"), (torch, "save"), (checkpoint.shutil, "rmtree"),

@@ -16,6 +16,7 @@ from transformers import (
 
 from tlv import ROOT, backbones, corpus, questions, toy_data, toy_llm, toy_siglip, world
 from tlv.builders import build_model
+from tlv.card import read_card
 from tlv.config import load_params
 from tlv.ranks import ALONE
 
@@ -96,7 +97,7 @@ def test_no_scene_that_the_backbones_learn_from_is_in_a_split(tmp_path, monkeypa
     assert len(sources["pictures"]) == len(drawn) == 280  # nor is one of them in two splits
     toy_data.make_world(tmp_path / "world", seed=0, num_train=400, num_val=40, num_test=120,
                         defect_share=0.01)  # fmt: skip
-    card = toy_data.read_card(tmp_path / "world")
+    card = read_card(tmp_path / "world")
     truth = json.loads(card["truth"].read_text())
     leaked = {i for i, entry in truth["defects"].items() if entry["kind"] == "leaked_test_clip"}
     for split in ("raw_qa", "val_qa", "test_questions"):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tlv import ROOT, checkpoint
-from tlv.config import TrainConfig
+from tlv.train_config import TrainConfig
 
 
 @pytest.fixture

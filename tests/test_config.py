@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from tlv import ROOT
-from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict, build, load_params
+from tlv.config import ConfigError, build, load_params
+from tlv.launch import LaunchConfig
+from tlv.train_config import TrainConfig, as_dict
 
 GOOD = {"model_dir": "m", "data": "d.json", "videos_dir": "v", "out_dir": "o", "num_steps": 3,
         "trainable": ["connector"], "lr_connector": 1.0e-3}

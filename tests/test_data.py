@@ -8,8 +8,9 @@ from tlv import processor as processor_module
 from tlv.bad_samples import BadSample
 from tlv.chat import IGNORE_INDEX
 from tlv.config import ConfigError
-from tlv.data import VideoTextDataset, collate, load_samples, make_loader
+from tlv.data import VideoTextDataset, collate, make_loader
 from tlv.feature_cache import FeatureCache
+from tlv.manifest import load_samples
 
 
 @pytest.fixture(scope="session")

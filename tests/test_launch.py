@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from tlv.config import LaunchConfig, TrainConfig
-from tlv.launch import LaunchError, _run, command, environment
+from tlv.launch import LaunchConfig, LaunchError, _run, command, environment
 from tlv.runlog import SAID
+from tlv.train_config import TrainConfig
 
 CONFIG = TrainConfig(model_dir="m", data="d", videos_dir="v", out_dir="o", num_steps=1,
                      lr_connector=1.0, device="cpu", num_threads=2)

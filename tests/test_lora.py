@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tlv import train
 from tlv.builders import load_model
-from tlv.config import ConfigError, TrainConfig
+from tlv.config import ConfigError
 from tlv.lora import add_adapters, merge, target_names
 from tlv.pretrained import ModelFolderError
 from tlv.runlog import read_log
+from tlv.train_config import TrainConfig
 
 pytestmark = pytest.mark.slow
 

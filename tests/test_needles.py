@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tlv import needles, world
+from tlv.card import read_card
 from tlv.chat import parse_conversation
 from tlv.mp4 import join, write_video
-from tlv.toy_data import make_world, read_card
+from tlv.toy_data import make_world
 from tlv.video import VideoError, probe, read_frames
 
 

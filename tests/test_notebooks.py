@@ -32,11 +32,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from tlv import ROOT, chat, data, notebooks, smoke, viz
 from tlv.builders import load_model
+from tlv.card import read_card
 from tlv.config import ConfigError, load_json
 from tlv.files import write_json
 from tlv.notebook_style import lint
 from tlv.pretrained import ModelFolderError
-from tlv.toy_data import make_world, read_card
+from tlv.toy_data import make_world
 
 MANY = pytest.mark.skipif("TLV_ALL_TESTS" not in os.environ,
                           reason="a minute each; TLV_ALL_TESTS=1 runs them")  # fmt: skip

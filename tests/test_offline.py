@@ -12,8 +12,8 @@ from toy_manifest import make_world
 from tlv import train
 from tlv.ask import answer
 from tlv.builders import load_model
-from tlv.config import TrainConfig
 from tlv.convert import convert
+from tlv.train_config import TrainConfig
 
 LOCAL = ("127.0.0.1", "::1", "localhost", None, "")
 

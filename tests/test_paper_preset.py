@@ -20,13 +20,15 @@ from toy_manifest import make_sample, make_world
 
 from tlv import ROOT, ask, chat, notebooks, recipes, train
 from tlv.builders import build_model, load_model
-from tlv.config import LaunchConfig, TrainConfig, build, load_json, load_params, resolve
-from tlv.data import VideoTextDataset, load_samples
+from tlv.config import build, load_json, load_params, resolve
+from tlv.data import VideoTextDataset
 from tlv.designs import paper_config
-from tlv.launch import command, launch
+from tlv.launch import LaunchConfig, command, launch
+from tlv.manifest import load_samples
 from tlv.recipes import count_warmup_steps, learning_rate, set_trainable
 from tlv.runlog import read_log
 from tlv.stage import load_stage_params
+from tlv.train_config import TrainConfig
 
 STAGES = ["03_pretraining", "04_sft"]
 PUBLISHED = {  # stage: peak rates, global batch, accumulation on four GPUs

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from tlv.config import TrainConfig, build
+from tlv.config import build
 from tlv.designs import make_design, paper_config
 from tlv.lora import add_adapters
 from tlv.model import TlvForConditionalGeneration
@@ -19,6 +19,7 @@ from tlv.recipes import (
     published,
     set_trainable,
 )
+from tlv.train_config import TrainConfig
 
 
 class Model(torch.nn.Module):

@@ -8,7 +8,7 @@ import pytest
 
 from tlv import ROOT, smoke
 from tlv.builders import load_model
-from tlv.toy_data import read_card
+from tlv.card import read_card
 
 
 def defaults(name: str) -> dict:

@@ -14,10 +14,10 @@ from clone import IMAGE, NAMES, environment, make_clone, own_folder, repro, run,
 
 from tlv import ROOT, checkpoint, notebooks
 from tlv.builders import load_model
+from tlv.card import read_card
 from tlv.config import load_json
 from tlv.files import write_json
 from tlv.stage import SCALE
-from tlv.toy_data import read_card
 
 pytestmark = pytest.mark.slow
 

@@ -28,11 +28,12 @@ from toy_manifest import make_sample, make_world
 from tlv import ROOT, checkpoint, processor, train
 from tlv.bad_samples import TooManyBadSamples
 from tlv.builders import load_model
-from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict
+from tlv.config import ConfigError
 from tlv.connectors import CONNECTORS
-from tlv.launch import LaunchError, environment, launch
+from tlv.launch import LaunchConfig, LaunchError, environment, launch
 from tlv.runlog import RunLog, read_log
 from tlv.templates import render
+from tlv.train_config import TrainConfig, as_dict
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,9 @@ import pytest
 from toy_manifest import make_world
 
 from tlv import ROOT, validate
+from tlv.card import CARD_KEYS
 from tlv.config import ConfigError
-from tlv.toy_data import CARD_KEYS
+from tlv.manifest import load_questions
 
 QUESTION = {"id": "q", "video": "clip0.mp4", "type": "colour", "form": "choice",
             "question": "What colour?\nA. red\nB. blue", "answer": "B",
@@ -75,9 +76,9 @@ def test_a_clip_that_does_not_decode_is_found_only_when_asked_for(card, tmp_path
 def test_test_questions_are_looked_at_before_they_are_asked(card, tmp_path):
     (tmp_path / "asked.json").write_text(json.dumps([card.question, {"id": 1}]))
     with pytest.raises(ConfigError, match="asked.json: #1: lacks video, type"):
-        validate.load_questions(tmp_path / "asked.json")
+        load_questions(tmp_path / "asked.json")
     (tmp_path / "asked.json").write_text(json.dumps([card.question]))
-    assert validate.load_questions(tmp_path / "asked.json") == [card.question]
+    assert load_questions(tmp_path / "asked.json") == [card.question]
 
 
 @pytest.mark.parametrize(

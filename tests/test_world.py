@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from tlv import ROOT, defects, questions, toy_data, world
+from tlv.card import read_card
 from tlv.chat import parse_conversation
 from tlv.evaluate import extract_choice
 from tlv.filters import caption_of, is_good_caption, is_well_formed
-from tlv.toy_data import make_pictures, make_world, read_card
+from tlv.toy_data import make_pictures, make_world
 from tlv.video import VideoError, probe, read_frames, read_image
 
 SIZES = dict(seed=5, num_train=40, num_val=3, num_test=12, defect_share=0.05)

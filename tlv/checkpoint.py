@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from tlv import ROOT
-from tlv.config import as_dict, resolve
+from tlv.config import resolve
 from tlv.files import write_json
 from tlv.imports import modules_needed
+from tlv.train_config import as_dict
 
 STEP = re.compile(r"step-(\d+)")
 

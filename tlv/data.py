@@ -1,4 +1,4 @@
-"""Manifest -> samples -> micro-batches (their order is that of `tlv.order`).
+"""Samples of a manifest -> micro-batches (their order is that of `tlv.order`).
 
 A sample that cannot be used (clip missing, undecodable or hanging; conversation that does not
 alternate; sequence too long) becomes a `BadSample`: skipped, counted and listed, never replaced.
@@ -25,22 +25,13 @@ from tlv.chat import (
     visual_of,
     with_video,
 )
-from tlv.config import ConfigError, load_json
+from tlv.config import ConfigError
 from tlv.isolation import isolate, pad_rows
 from tlv.positions import spread
 from tlv.selector import QueryError
 from tlv.templates import VIDEO_TOKEN, ConversationError, is_quoted
 from tlv.video import VideoError
 from tlv.vision import count_patches, picture_size
-
-
-def load_samples(path) -> list[dict]:
-    """Read a manifest: a JSON list of LLaVA samples, at least one. Raises ConfigError."""
-    samples = load_json(path)
-    if not isinstance(samples, list) or not samples:
-        raise ConfigError(f"{path}: must be a JSON list with at least one sample")
-    return samples
-
 
 # ---- one sample -----------------------------------------------------------------------------
 

@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tlv import ROOT, checkpoint
-from tlv.config import ConfigError, LaunchConfig, TrainConfig, as_dict, load_json, resolve
+from tlv.config import ConfigError, demand, load_json, resolve
 from tlv.files import write_json
 from tlv.ranks import free_port
 from tlv.runlog import SAID, say
+from tlv.train_config import TrainConfig, as_dict
 
 TAIL_LINES = 40
 # What a launcher sets for its own ranks; the caller may itself run under one.
@@ -30,6 +33,41 @@ PREFIXES = ("TORCHELASTIC_", "PMI_", "OMPI_")
 
 class LaunchError(RuntimeError):
     """A rank failed; the message is what it said, or else the last lines of the log."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How ranks are started; how many are on one machine, and which machines there are."""
+
+    num_ranks: int = 1  # per machine
+    launcher: Literal["torchrun", "deepspeed"] = "torchrun"
+    num_nodes: int = 1  # machines
+    node_rank: int = 0  # this machine's number (torchrun: run the command on every machine)
+    master_addr: str = "127.0.0.1"
+    master_port: int | None = None  # None: a free one
+    hostfile: str | None = None  # deepspeed: "name slots=8" per line, reached over ssh
+
+    def __post_init__(self):
+        for name in ("num_ranks", "num_nodes"):
+            demand(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be > 0")
+        demand(0 <= self.node_rank < self.num_nodes,
+               f"node_rank = {self.node_rank} must lie in [0, num_nodes = {self.num_nodes})")
+        demand(self.hostfile is None or self.launcher == "deepspeed",
+               f"hostfile = {self.hostfile!r} is read by launcher: deepspeed only")
+        demand(self.master_port is None or 0 < self.master_port < 65536,
+               f"master_port = {self.master_port} must lie in 1 to 65535; null takes a free one")
+        is_far = self.num_nodes > 1 or self.hostfile is not None
+        demand(not is_far or self.master_addr != "127.0.0.1",
+               "several machines need master_addr, the address of the first one")
+        demand(not is_far or self.master_port is not None,
+               "several machines need master_port, a port free on the first one")
+        demand(self.num_nodes == 1 or self.launcher == "torchrun" or self.hostfile is not None,
+               f"num_nodes = {self.num_nodes} with launcher: deepspeed needs a hostfile")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all machines together."""
+        return self.num_ranks * self.num_nodes
 
 
 def command(config_path, launch_config: LaunchConfig, port: int) -> list[str]:

@@ -61,7 +61,7 @@ class LongClip:
 
 
 def load_pieces(card: dict, names) -> list[Piece]:
-    """The clips `names` of a toy world (`tlv.toy_data.read_card`) with their scenes.
+    """The clips `names` of a toy world (`tlv.card.read_card`) with their scenes.
 
     Those encoded otherwise than most (some duplicates are) are left out: they cannot be joined.
     Raises ValueError for a card of published data, which names no scenes.

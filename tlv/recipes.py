@@ -8,10 +8,10 @@ frozen), TinyLLaVA-Video section 3. Taught in notebooks 03 and 04.
 import math
 import re
 
-from tlv.config import PARTS
+from tlv.train_config import PARTS
 from tlv.vision import count_seen_layers
 
-# Fields of tlv.config.TrainConfig, per recipe and stage, as published. Batches and data: params/.
+# Fields of TrainConfig, per recipe and stage, as published. Batches and data: params/.
 BASE_PRETRAIN = dict(trainable=["connector"], lr_connector=1e-3)
 BASE_SFT = dict(trainable=["connector", "llm"], lr_connector=2e-5, lr_llm=2e-5)
 SHARE = dict(BASE_SFT, trainable=["connector", "llm", "vision"], lr_vision=2e-5)

@@ -81,8 +81,8 @@ def _world(folder: Path):
 
 
 def _manifest(folder: Path):
+    from tlv.card import read_card
     from tlv.files import write_json
-    from tlv.toy_data import read_card
 
     card = read_card(world(SCRATCH / "00_toy_world/world"))
     defects = json.loads(card["truth"].read_text())["defects"]
@@ -93,7 +93,7 @@ def _manifest(folder: Path):
 
 def _model(folder: Path):
     from tlv.builders import build_model
-    from tlv.toy_data import read_card
+    from tlv.card import read_card
 
     card = read_card(world(SCRATCH / "00_toy_world/world"))
     built, processor = build_model(card["vision_dir"], card["llm_dir"], **MODEL)

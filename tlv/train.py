@@ -19,23 +19,22 @@ import traceback
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from tlv import checkpoint, lora
 from tlv.bad_samples import BadSamples, TooManyBadSamples
 from tlv.builders import load_model
-from tlv.config import ConfigError, TrainConfig, as_dict, build, load_json, resolve
-from tlv.data import VideoTextDataset, load_samples, make_loader
+from tlv.config import ConfigError, build, load_json, resolve
+from tlv.data import VideoTextDataset, make_loader
+from tlv.engine import load_zero, start_engine
 from tlv.feature_cache import FeatureCache
 from tlv.files import write_json
-from tlv.optimizers import new_optimizer
+from tlv.manifest import load_samples
 from tlv.order import group_alike, rank_batches, sample_key, sample_stream
 from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
-from tlv.recipes import count_warmup_steps, learning_rate, parameter_groups, set_trainable
+from tlv.recipes import count_warmup_steps, learning_rate, set_trainable
 from tlv.runlog import SAID, RunLog, bar, say
+from tlv.train_config import TrainConfig, as_dict
 
-SET_HERE = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-            "gradient_clipping", "bf16", "fp16", "optimizer", "scheduler"}  # not by a ZeRO file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -264,18 +263,6 @@ def check_inputs(config: TrainConfig) -> None:
                           "every matrix; take ZeRO 0 to 2")
 
 
-def load_zero(path) -> dict:
-    """The `zero_optimization` of a ZeRO settings file. Raises ConfigError."""
-    settings = load_json(resolve(path))
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: must be an object with zero_optimization, and in it a stage "
-                          "from 0 to 3; see params/deepspeed_zero2.json")
-    if taken := sorted(settings.keys() & SET_HERE):
-        raise ConfigError(f"{path}: {taken[0]} is set by the stage's own parameters; leave it out")
-    return zero
-
-
 @contextlib.contextmanager
 def lock_run(root: Path):
     """Hold the stage's lock, also released by kill -9: no two runs may write the same files."""
@@ -309,37 +296,6 @@ def make_dataset(config, samples, model, processor, cache, indices, ranks) -> Vi
                                                     desc="encoding clips"), ranks)
         data.cache = cache
     return data
-
-
-def start_engine(config: TrainConfig, model):
-    """Wrap the model: an optimizer over the recipe's groups, ZeRO stage from the JSON file."""
-    import deepspeed
-
-    if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
-        raise ConfigError("precision = 'fp16' needs a GPU; take 'bf16' or 'fp32' here")
-
-    groups = parameter_groups(model, config.learning_rates(), config.weight_decay)
-    optimizer = new_optimizer(config.optimizer, model, groups)
-    settings = load_json(resolve(config.zero_config)) | {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.grad_accum_steps,
-        "gradient_clipping": config.max_grad_norm or 0.0,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    try:
-        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{config.zero_config}: zero_optimization: {wrong}") from error
-    if config.precision != "fp32" and engine.zero_optimization_stage() == 0:
-        # DeepSpeed has made an empty step here, which leaves Adam's bias correction one step off.
-        optimizer.state.clear()
-    engine.train()
-    return engine
 
 
 # ---- the command ----------------------------------------------------------------------------

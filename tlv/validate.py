@@ -16,16 +16,15 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from tlv.chat import odd_turns, parse_conversation, query_of, visual_of
+from tlv.card import load_card
+from tlv.chat import visual_of
 from tlv.config import ConfigError, load_json, resolve
-from tlv.data import load_samples
+from tlv.manifest import check_question, check_sample
 from tlv.pretrained import ModelFolderError, check_weights, load_part, read_config
-from tlv.toy_data import load_card
 from tlv.video import VideoError, sample_frames
 
 MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
 FOLDERS = {"vision_dir": AutoImageProcessor, "llm_dir": AutoTokenizer, "pair_dir": AutoTokenizer}
-QUESTION_KEYS = ("id", "video", "type", "form", "question", "answer", "options", "unseen_pair")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
         except ModelFolderError as error:
             problems.append(Problem(part, str(error)))
     for part in (*MANIFESTS, "test_questions"):
-        check = _check_question if part == "test_questions" else _check_sample
+        check = check_question if part == "test_questions" else check_sample
         try:
             samples = load_json(resolve(card[part]))
         except (ConfigError, OSError) as error:
@@ -71,17 +70,6 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     return problems, counts
 
 
-def load_questions(path) -> list[dict]:
-    """Test questions, each with all that notebook 05 asks of one. Raises ConfigError."""
-    questions = load_samples(path)
-    for number, question in enumerate(questions):
-        try:
-            _check_question(question)
-        except ValueError as error:
-            raise ConfigError(f"{path}: #{number}: {error}") from error
-    return questions
-
-
 def _check_folder(path: Path, part: str, loader) -> None:
     """A model's folder is whole: config, every file of the weights, tokenizer or processor."""
     read_config(path, part)
@@ -94,34 +82,6 @@ def _check_folder(path: Path, part: str, loader) -> None:
             raise ModelFolderError(f"{part} = {path}: {file.name} is torn or no safetensors file; "
                                    "copy it again") from error
     load_part(loader, path, part, **{"backend": "pil"} if loader is AutoImageProcessor else {})
-
-
-def _check_sample(sample) -> None:
-    if not isinstance(sample, dict):
-        raise ValueError(f"{sample!r:.60} is no JSON object")
-    turns = parse_conversation(sample)
-    if odd := odd_turns(sample):
-        raise ValueError(f"sample {sample.get('id', '(no id)')!r}: {'; '.join(odd)}")
-    query_of(sample, turns)
-
-
-def _check_question(question) -> None:
-    has = question if isinstance(question, dict) else {}
-    lacking = [key for key in QUESTION_KEYS if key not in has]
-    if lacking:
-        raise ValueError(f"lacks {', '.join(lacking)}; a question has {', '.join(QUESTION_KEYS)}")
-    if question["form"] not in ("free", "choice"):
-        raise ValueError(f"form {question['form']!r} must be 'free' or 'choice'")
-    for key in ("video", "type", "question", "answer"):
-        if not isinstance(question[key], str) or not question[key].strip():
-            raise ValueError(f"{key} {question[key]!r:.60} must be text")
-    options = question["options"]
-    if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
-        raise ValueError(f"options {options!r:.60} must be a list of texts, [] for a free answer")
-    letters = [chr(ord("A") + n) for n in range(len(question["options"]))]
-    if question["form"] == "choice" and question["answer"] not in letters:
-        raise ValueError(f"answer {question['answer']!r} must be one of the letters "
-                         f"{', '.join(letters)} of its {len(letters)} options")
 
 
 def _check_visual(sample, videos: Path, decode: bool, seen: dict) -> None:
