@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +12,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from tlv import video_child
 from tlv.answering import Answer
 from tlv.benchmarks import mme, run
 from tlv.benchmarks.__main__ import main
-from tlv.benchmarks.question import LETTER, SHORT, BenchmarkError, read_rows
+from tlv.benchmarks.question import LETTER, SHORT, BenchmarkError, read_rows, read_table
 from tlv.mp4 import write_video
-from tlv.video import VideoError, probe, sample_frames
+from tlv.video import VideoError, probe, read_frames, sample_frames
 
 
 def put(path, value, lines=False):
@@ -249,6 +252,9 @@ def test_frames_are_those_that_a_benchmark_names(tmp_path):
             assert np.array_equal(frame, np.asarray(wanted))
     assert questions["action_sequence"].frames is None  # published code shows it whole
     assert questions["fine_grained_pose"].frames(8, 4.0).tolist() == [0, 2, 4, 5]
+    place = tmp_path / questions["fine_grained_pose"].media
+    found = run.read_chosen(place, lambda num_total, fps: [5, 2, 2])  # any order, as read_frames
+    assert np.array_equal(found, read_frames(place, [5, 2, 2]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(VideoError, match="empty: no pictures in it; 00001.jpg"):
         run.read_chosen(tmp_path / "empty", shown.frames)
@@ -315,10 +321,24 @@ def test_answers_are_of_the_frames_named(tmp_path, tiny, monkeypatch):
     assert np.array_equal(shown[whole], processor.sample(tmp_path / whole).frames)
     shown.clear()
     make_mlvu(tmp_path)  # a clip shorter than what the model samples: each frame once
-    run.answer(model, SimpleNamespace(selector=None, sample=lambda path: sample_frames(path, 200)),
-               run.find("mlvu").read(tmp_path)[:1], tmp_path)  # fmt: skip
+    many = SimpleNamespace(selector=None, sample=lambda path, timeout_s: sample_frames(path, 200))
+    run.answer(model, many, run.find("mlvu").read(tmp_path)[:1], tmp_path)
     (name,) = shown
     assert len(shown[name]) == probe(tmp_path / name).num_frames < 200
+
+
+@pytest.mark.parametrize("task", ["action_sequence", "fine_grained_pose"])  # sampled, or chosen
+def test_a_clip_that_hangs_the_decoder_costs_its_own_answer_alone(task, tmp_path, tiny,
+                                                                  monkeypatch):  # fmt: skip
+    make_mvbench(tmp_path)
+    (question,) = [q for q in run.find("mvbench").read(tmp_path, four) if q.group == task]
+    monkeypatch.setattr(run, "FRAME_S", 0.3)
+    os.kill(video_child.child()._process.pid, signal.SIGSTOP)  # it never answers
+    (lost,) = run.answer(*tiny, [question], tmp_path, max_new_tokens=2)
+    assert "decoding took over 0.3 s" in lost.error
+    monkeypatch.undo()
+    (found,) = run.answer(*tiny, [question], tmp_path, max_new_tokens=2)  # by a new child
+    assert not found.error
 
 
 def test_a_judges_words_are_scored(tmp_path, capsys):
@@ -399,3 +419,30 @@ def test_files_of_different_versions_are_refused(name, change, message, tmp_path
     change(tmp_path)
     with pytest.raises(BenchmarkError, match=message):
         run.find(name).read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, judged, message",
+    [
+        ("mm_vet", '["0.5"]', "must hold an object, not a list"),
+        ("mm_vet", "{", "not readable as json: "),
+        ("mm_vet", '{"v1_0": {"score": 7}}', "the judge's word on v1_0 is {'score': 7}; a score"),
+        ("llava_wild", '{"tuple": [1, 2]}', "must hold a list of rows, not a dict"),
+        ("llava_wild", '[{"tuple": [1, 2]}]', "row 0 has no 'category'; it has 'tuple'"),
+        ("llava_wild", "[7]", "row 0 is 7; every row must be an object"),
+        ("llava_wild", '[{"tuple": 7, "category": "x"}]', "review 0: tuple = 7; two scores from"),
+        ("llava_wild", '[{"tuple": ["8", "9"], "category": "x"}]', "tuple = ['8', '9']; two"),
+    ],
+)
+def test_a_judges_file_of_another_form_is_told_in_one_line(name, judged, message, tmp_path, capsys):
+    MAKERS[name](tmp_path)
+    (tmp_path / "judged.json").write_text(judged)
+    assert main([name, str(tmp_path), "--judged", str(tmp_path / "judged.json")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/judged.json: " in said and message in said and said.count("\n") == 1
+
+
+def test_a_table_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "torn.json").write_text("{")
+    with pytest.raises(BenchmarkError, match="torn.json: not readable as json: "):
+        read_table(tmp_path / "torn.json")

@@ -1,5 +1,6 @@
 """Rules of published benchmarks: letters, frames, scores, against their golden tables."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -313,23 +314,34 @@ def test_scores_of_a_judge(said, value):
     assert mm_vet.parse_score(said) == value
 
 
-def test_mm_vet_by_capability_and_combination():
+@pytest.fixture
+def judged(tmp_path):
+    """judged(what a judge said) -> its file."""
+
+    def write(said):
+        (tmp_path / "judged.json").write_text(json.dumps(said))
+        return tmp_path / "judged.json"
+
+    return write
+
+
+def test_mm_vet_by_capability_and_combination(judged):
     questions = asked(("v1_0", None, (), "rec,ocr"), ("v1_1", None, (), "rec"))
-    scores = mm_vet.score_judged(questions, {"v1_0": "1.0", "v1_1": 0.4})
+    scores = mm_vet.score_judged(questions, judged({"v1_0": "1.0", "v1_1": 0.4}))
     assert scores == pytest.approx({"total": 70, "rec": 70, "ocr": 100, "only/rec,ocr": 100,
                                     "only/rec": 40})  # fmt: skip
     runs = {"v1_0": {"score": [1.0, 0.6]}, "v1_1": {"score": [0.4]}}  # as its evaluator writes them
-    assert mm_vet.score_judged(questions, runs)["ocr"] == pytest.approx(80)
+    assert mm_vet.score_judged(questions, judged(runs))["ocr"] == pytest.approx(80)
     with pytest.raises(BenchmarkError, match="word on v1_1 is None; a score from 0.0 to 1.0 is"):
-        mm_vet.score_judged(questions, {"v1_0": 1})
+        mm_vet.score_judged(questions, judged({"v1_0": 1}))
 
 
-def test_llava_wild_is_relative_to_the_reference():
+def test_llava_wild_is_relative_to_the_reference(judged):
     reviews = [{"category": "llava_bench_conv", "tuple": [8, 4]},
                {"category": "llava_bench_complex", "tuple": [10, 9]}]  # fmt: skip
-    scores = llava_wild.score_judged(asked(("0",), ("1",)), reviews)
+    scores = llava_wild.score_judged(asked(("0",), ("1",)), judged(reviews))
     assert scores == pytest.approx({"overall": 100 * 13 / 18, "conv": 50, "complex": 90})
     with pytest.raises(BenchmarkError, match="1 reviews of 2 questions"):
-        llava_wild.score_judged(asked(("0",), ("1",)), reviews[:1])
+        llava_wild.score_judged(asked(("0",), ("1",)), judged(reviews[:1]))
     with pytest.raises(BenchmarkError, match=r"review 0: tuple = \[-1, -1\]; two scores from 1"):
-        llava_wild.score_judged(asked(("0",)), [{"category": "x", "tuple": [-1, -1]}])
+        llava_wild.score_judged(asked(("0",)), judged([{"category": "x", "tuple": [-1, -1]}]))

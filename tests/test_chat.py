@@ -17,6 +17,7 @@ from tlv.chat import (
     prepare_tokenizer,
     query_of,
     stop_token_ids,
+    visual_of,
     with_video,
     write_conversation,
 )
@@ -141,6 +142,14 @@ def test_jinja_equals_render(template):
         plain = [{"role": r, "content": text} for turn in turns
                  for r, text in zip(("user", "assistant"), turn, strict=True) if text is not None]
         assert jinja.render(messages=plain) == wanted
+
+
+def test_a_picture_beside_an_empty_video_is_the_samples_visual():
+    """Tables written as JSON have every column in every row."""
+    sample = {"video": None, "image": "x.jpg", "conversations": write_conversation([("Q", "A")])}
+    assert visual_of(sample) == "x.jpg" and parse_conversation(sample)
+    assert visual_of({"video": "x.mp4", "image": None}) == "x.mp4"
+    assert visual_of({"video": None}) is None and visual_of({"image": None}) is None
 
 
 def test_visuals_and_counts_must_agree(bytes_tokenizer):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tlv import ROOT
-from tlv.config import ConfigError, build, load_params
+from tlv.config import ConfigError, build, load_json, load_params
 from tlv.launch import LaunchConfig
 from tlv.train_config import TrainConfig, as_dict
 
@@ -62,6 +62,21 @@ def test_numbers_quoted_strings_and_lists_are_read_as_meant(tmp_path):
 def test_yaml_that_readers_would_not_agree_on_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_params(params(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "a.json: no such file"),
+        (lambda path: path.mkdir(), "a.json: not readable: .*Is a directory"),
+        (lambda path: path.write_text("{"), "a.json: not valid JSON"),
+        (lambda path: path.write_bytes(b"\xff"), "a.json: not valid JSON"),
+    ],
+)
+def test_a_json_file_that_cannot_be_read_is_named(make, message, tmp_path):
+    make(tmp_path / "a.json")
+    with pytest.raises(ConfigError, match=message):
+        load_json(tmp_path / "a.json")
 
 
 def test_a_missing_file_is_named(tmp_path):

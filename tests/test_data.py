@@ -167,6 +167,29 @@ def test_isolated_turns_are_cut_with_all_that_belongs_to_them(make):
     assert {name: values[:-3] for name, values in full.items()} == cut and "segments" in cut
 
 
+def test_text_that_is_learnt_from_its_first_token_is_isolated_as_it_is_separate(make):
+    text = {"id": "t", "conversations": [turn("human", "Hi?"), turn("gpt", "Red."),
+                                         turn("human", "Ho?"), turn("gpt", "Red, blue.")]}
+    row = make([text], turns="isolated", template="pretrain")[0]["rows"][0]
+    apart = make([text], turns="separate", template="pretrain")[0]["rows"]
+    assert apart[0]["labels"][0] != IGNORE_INDEX  # there is no token before it
+    assert {len(values) for values in row.values()} == {len(row["input_ids"])}
+    learnt = [row["labels"][1:] for row in (row, *apart)]
+    learnt = [[label for label in labels if label != IGNORE_INDEX] for labels in learnt]
+    assert learnt[0] == learnt[1] + learnt[2]
+    before = row["segments"][:-1]  # the token that predicts a label stands in its own turn
+    for there, segment, label in zip(before, row["segments"][1:], row["labels"][1:], strict=True):
+        assert label == IGNORE_INDEX or there == segment
+
+
+def test_a_row_beyond_the_llms_positions_is_a_bad_sample(make):
+    dataset = make(gap_seed=0)
+    assert isinstance(dataset[0], dict)
+    dataset.config.text_config.max_position_embeddings = 9
+    assert isinstance(dataset[0], BadSample)
+    assert "positions does not fit into the LLM's 9" in dataset[0].reason
+
+
 def test_a_clip_that_hangs_the_decoder_is_a_bad_sample(make):
     item = make(timeout_s=1e-6)[0]
     assert isinstance(item, BadSample) and "was stopped" in item.reason

@@ -76,6 +76,13 @@ def test_a_failure_shows_the_end_of_the_log(tmp_path, capsys):
     assert "line 5\n" in capsys.readouterr().err  # all of it was shown as it came
 
 
+def test_a_line_that_comes_in_pieces_is_shown_whole(tmp_path):
+    code = ("import sys, time; print('no such ', end='', flush=True); time.sleep(0.2); "
+            "print('clip', flush=True); sys.exit(1)")
+    with pytest.raises(LaunchError, match="its end is:\nno such clip\ncommand"):
+        _run([sys.executable, "-c", code], dict(os.environ), tmp_path / "log")
+
+
 def test_what_a_rank_says_is_the_message_without_what_its_launcher_adds(tmp_path):
     code = ("import sys; print('Traceback ...'); print(sys.argv[1] + 'data = x: no'); "
             "print(sys.argv[1] + 'such file'); [print('noise') for _ in range(99)]; sys.exit(1)")
@@ -102,7 +109,7 @@ def test_an_interrupt_stops_the_ranks(tmp_path):
 
 
 def test_ranks_end_when_the_launcher_is_killed():
-    code = ("from tlv.ranks import end_with_parent; import time; end_with_parent();"
+    code = ("from tlv.ranks import end_with_launcher; import time; end_with_launcher();"
             "print('up', flush=True); time.sleep(60)")
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tlv import train
 from tlv.builders import load_model
 from tlv.config import ConfigError
-from tlv.lora import add_adapters, merge, target_names
+from tlv.lora import adapter_weights, add_adapters, merge, save_adapter, target_names
 from tlv.pretrained import ModelFolderError
 from tlv.runlog import read_log
 from tlv.train_config import TrainConfig
@@ -139,7 +139,7 @@ def test_adapters_on_few_bits_end_in_a_plain_model(form, configure, start_dir):
 
 def test_few_bits_without_bitsandbytes_or_with_zero_3_are_refused(configure, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(RuntimeError, match="needs bitsandbytes: pip install tlv"):
+    with pytest.raises(ConfigError, match="needs bitsandbytes: pip install tlv"):
         train.train(configure("out", quantize="nf4"))
     with pytest.raises(ConfigError, match="zero3.json shares out every matrix; take ZeRO 0 to 2"):
         train.train(configure("b", quantize="nf4", zero_config="params/deepspeed_zero3.json"))
@@ -227,6 +227,21 @@ def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
         add_adapters(tiny[0], ("llm",), rank=4, alpha=8, dropout=0.0, adapter_dir=tmp_path)
 
 
+def test_an_adapter_of_another_alpha_is_refused(build_tiny, tmp_path):
+    first, again = build_tiny()[0], build_tiny()[0]
+    options = dict(rank=4, dropout=0.0)
+    add_adapters(first, ("llm",), alpha=8.0, **options)
+    save_adapter(first.state_dict(), first.adapter_settings, tmp_path / "adapter")
+    options["adapter_dir"] = tmp_path / "adapter"
+    with pytest.raises(ModelFolderError, match="adapter_config.json: .* with lora_alpha = 8.0, and "
+                       "lora_alpha = 16.0 would rescale it; set lora_alpha to 8.0"):
+        add_adapters(again, ("llm",), alpha=16.0, **options)
+    again = build_tiny()[0]
+    add_adapters(again, ("llm",), alpha=8, **options)
+    saved, own = (adapter_weights(model.state_dict()) for model in (first, again))
+    assert all(torch.equal(saved[name], own[name]) for name in saved)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -235,6 +250,8 @@ def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
         (dict(lora=(), quantize="nf4"), "quantize = 'nf4' needs lora"),
         (dict(lora_rank=0), "lora_rank = 0 must be > 0"),
         (dict(vision_from=0.5), "vision_from = 0.5 but trainable does not name 'vision'"),
+        (dict(vision_from=0.5, trainable=("llm", "vision"), lora=("vision",), lr_vision=1e-3,
+              lr_connector=None), "vision_from = 0.5 says nothing where lora names 'vision'"),
     ],
 )
 def test_settings_that_contradict_each_other(changes, message, configure):

@@ -215,6 +215,9 @@ def test_mismatches_are_refused(tiny, clip_frames):
         model(input_ids=ids, pixel_values_videos=torch.cat([pixels, pixels]))
     with pytest.raises(ValueError, match="names clips beyond the 1 given"):
         model(input_ids=ids, pixel_values_videos=pixels, video_index=torch.tensor([1]))
+    for wrong in ((4, 3, 32), (4, 4, 31), (4, 32)):  # 4 patches of width 32 are right
+        with pytest.raises(ValueError, match=r"video_features: shape .*, wanted \(any, 4, 32\)"):
+            model(input_ids=ids, video_features=[torch.zeros(wrong)])
     short = ids[:, 1:] if ids[0, 0] == model.config.video_token_id else ids.clone()
     place = (short[0] == model.config.video_token_id).nonzero()[0]
     short[0, place] = 0

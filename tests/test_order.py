@@ -55,5 +55,6 @@ def test_a_sample_is_told_by_its_visual_and_its_words():
     assert sample_key({"conversations": turns}) == (0, 6)
     assert sample_key({"image": "a.png", "conversations": turns}) == (1, 6)
     assert sample_key({"video": "a.mp4", "conversations": turns}) == (2, 6)
+    assert sample_key({"video": None, "image": "a.png", "conversations": turns}) == (1, 6)
     for broken in ("broken", {"conversations": None}, {"conversations": 7}):
         assert sample_key(broken) == (0, 0)

@@ -26,11 +26,12 @@ from safetensors.torch import load_file
 from toy_manifest import make_sample, make_world
 
 from tlv import ROOT, checkpoint, processor, train
+from tlv import launch as launcher
 from tlv.bad_samples import TooManyBadSamples
 from tlv.builders import load_model
 from tlv.config import ConfigError
 from tlv.connectors import CONNECTORS
-from tlv.launch import LaunchConfig, LaunchError, environment, launch
+from tlv.launch import LaunchConfig, LaunchError, environment, find_finished, launch
 from tlv.runlog import RunLog, read_log
 from tlv.templates import render
 from tlv.train_config import TrainConfig, as_dict
@@ -275,8 +276,9 @@ def test_two_ranks_that_are_killed_go_on_as_if_nothing_had_been(configure, capfd
                   optimizer="muon")  # fmt: skip
     whole, broken = configure("whole", **common), configure("broken", **common)
     launch(whole, LaunchConfig(num_ranks=2))
-    code = ("import json, sys; from tlv.config import LaunchConfig, TrainConfig, build; "
-            "from tlv.launch import launch; "
+    code = ("import json, sys; from tlv.config import build; "
+            "from tlv.launch import LaunchConfig, launch; "
+            "from tlv.train_config import TrainConfig; "
             "launch(build(TrainConfig, json.loads(sys.argv[1])), LaunchConfig(num_ranks=2))")
     started = subprocess.Popen([sys.executable, "-c", code, json.dumps(as_dict(broken))], cwd=ROOT)
     root = checkpoint.resume_root(broken.out_dir)
@@ -302,6 +304,16 @@ def test_other_settings_start_clean_and_say_so(configure, monkeypatch, capsys):
     rows = run(other)
     assert "starting clean: the settings, inputs or code differ" in capsys.readouterr().err
     assert [row["step"] for row in rows] == list(range(1, 7))
+
+
+def test_a_stopped_run_leaves_no_report_of_the_one_before_it(configure, monkeypatch):
+    first = configure(num_steps=2)
+    run(first)
+    assert find_finished(first, LaunchConfig())
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        Interrupt(1, patch)
+        run(dataclasses.replace(first, lr_llm=2e-3))
+    assert not find_finished(first, LaunchConfig())  # the log is now another run's
 
 
 def test_a_killed_run_leaves_checkpoints_that_load_and_goes_on(configure, tmp_path):
@@ -491,6 +503,8 @@ def test_what_stops_two_ranks_is_said_once(configure, tmp_path):
 
 
 @pytest.mark.parametrize("changes,message", [
+    ({"adapter_dir": "/nowhere", "lora": ("llm",)},
+     "adapter_dir = /nowhere/adapter_model.safetensors: .* does not exist"),
     ({"data": "/nowhere.json"}, "data = /nowhere.json: .* does not exist; run the stage that"),
     ({"model_dir": "/nowhere"}, "model_dir = /nowhere/config.json: .* does not exist"),
     ({"videos_dir": "/nowhere"}, "videos_dir = /nowhere: .* is no folder; it is named in the"),
@@ -535,6 +549,30 @@ def test_a_second_run_of_a_live_stage_is_refused(configure):
     run(config)
 
 
+def test_a_second_launch_leaves_the_files_of_a_live_run_alone(configure, monkeypatch):
+    config, started = configure(num_steps=1), []
+    monkeypatch.setattr(launcher, "_run", lambda *args: started.append(args))
+    root = checkpoint.resume_root(config.out_dir)
+    with train.lock_run(root):
+        (root / "config.json").write_text("theirs")
+        with pytest.raises(LaunchError, match="lock is held: another run of this stage is alive"):
+            launch(config)
+        assert (root / "config.json").read_text() == "theirs" and not started
+    launch(config)
+    assert (root / "config.json").read_text() != "theirs" and len(started) == 1
+
+
+def test_machines_that_share_a_disk_have_a_log_each(configure, monkeypatch):
+    config, logs = configure(num_steps=1), []
+    monkeypatch.setattr(launcher, "_run", lambda line, env, log_path: logs.append(log_path.name))
+    hosts = dict(num_nodes=3, master_addr="a", master_port=7)
+    launch(config, LaunchConfig(node_rank=0, **hosts))
+    with train.lock_run(checkpoint.resume_root(config.out_dir)):  # by the first machine's rank
+        for node_rank in (1, 2):
+            launch(config, LaunchConfig(node_rank=node_rank, **hosts))
+    assert logs == ["train.log", "train.1.log", "train.2.log"]
+
+
 # ---- the launcher ---------------------------------------------------------------------------
 
 
@@ -560,7 +598,7 @@ def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch, tmp_
 
 def test_tensorboard_is_an_extra(tmp_path):
     if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(RuntimeError, match="pip install tensorboard"):
+        with pytest.raises(ConfigError, match="pip install tensorboard"):
             RunLog(tmp_path, True, tensorboard=True)
     else:
         log = RunLog(tmp_path, True, tensorboard=True)

@@ -186,6 +186,7 @@ def _cut(folder):
         ("llm_dir", lambda f: (f / "config.json").unlink(), "no config.json in it"),
         ("pair_dir", lambda f: (f / "config.json").unlink(), "no config.json in it"),
         ("pair_dir", lambda f: [t.unlink() for t in f.glob("token*")], "AutoTokenizer finds no"),
+        ("pair_dir", lambda f: (f / "preprocessor_config.json").unlink(), "AutoImageProcessor "),
         ("pair_dir", shutil.rmtree, "no such folder"),
     ],
 )
@@ -196,6 +197,19 @@ def test_an_unfinished_copy_of_a_model_is_a_problem(part, spoil, message, card, 
     spoil(folder)
     (reason,) = reasons(card(**{part: folder}))
     assert re.search(f"{part} = .*copy: {message}", reason)
+
+
+def test_what_is_wrong_with_an_encoder_that_is_the_pair_too_is_said_once(card, pair_dir, tmp_path):
+    folder = shutil.copytree(pair_dir, tmp_path / "copy")
+    for name in ("config.json", "preprocessor_config.json"):
+        (folder / name).unlink()
+        (reason,) = reasons(card(vision_dir=folder, pair_dir=folder))
+        assert reason.startswith("vision_dir: vision_dir = ")
+        shutil.copy(pair_dir / name, folder)
+    for file in folder.glob("token*"):
+        file.unlink()
+    (reason,) = reasons(card(vision_dir=folder, pair_dir=folder))
+    assert reason.startswith("pair_dir: pair_dir = ") and "AutoTokenizer finds no" in reason
 
 
 @pytest.mark.parametrize("name", [p.name for p in sorted((ROOT / "data").glob("*.json"))])

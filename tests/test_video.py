@@ -423,6 +423,33 @@ def test_crashing_decoder_is_an_error_not_a_crash(clip_path):
     assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_an_interrupted_clip_has_still_to_say_is_not_the_next_ones(
+    error, clip_path, monkeypatch
+):
+    def interrupt(*_):
+        raise error
+
+    calls = [lambda: sample_frames_within(30, clip_path, num_frames=3),
+             lambda: next(read_chunks_within(30, clip_path, range(9), 9))]  # fmt: skip
+    for call in calls:
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(video_child.Child, "_answer", interrupt)
+            call()
+        assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]
+
+
+def test_a_clip_that_is_answered_with_an_error_costs_no_new_child(clip_path, tmp_path):
+    sample_frames_within(30, clip_path, num_frames=2)
+    child = video_child.child()
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(VideoError, match="not a readable"):
+        sample_frames_within(30, tmp_path / "bad.mp4", num_frames=2)
+    next(read_chunks_within(30, clip_path, range(60), 20))  # and is closed
+    assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]
+    assert video_child.child() is child
+
+
 def test_chunks_from_the_child_are_those_read_here(clip_path, tmp_path):
     here = list(video.read_chunks(clip_path, range(3, 60, 2), 8))
     there = list(read_chunks_within(30, clip_path, np.arange(3, 60, 2), 8))

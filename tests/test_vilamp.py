@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tlv import long_video
+from tlv import answering, long_video
 from tlv.answering import generate_answers
 from tlv.ask import ask
 from tlv.builders import load_model, with_connector
@@ -171,6 +171,19 @@ def test_two_passes_give_what_the_dense_model_gives(long_model, path):
         assert torch.allclose(tokens, wanted, atol=1e-5)
 
 
+def test_a_clip_is_embedded_once_for_all_queries(long_model, path, monkeypatch):
+    model, processor = long_model
+    embedded, plain = [], processor.selector.embed_clip
+
+    def embed(path, numbers):
+        embedded.append(path)
+        return plain(path, numbers)
+
+    monkeypatch.setattr(processor.selector, "embed_clip", embed)
+    generate(model, processor, path, [("Where?", "a circle"), ("Who?", "a ring")], 2)
+    assert embedded == [path]
+
+
 def test_answers_equal_plain_generation_from_the_dense_tokens(long_model, path):
     model, processor = long_model
     asked = [("Where?", "a red circle"), ("What is he doing?", "running"),
@@ -319,6 +332,30 @@ def test_evaluation_asks_each_question_with_its_query(long_model, path):
     assert found[0].confidence == pytest.approx(np.exp(sum(said[0].log_probs)), rel=1e-4)
     assert found[2].error == "" and "no such file" in found[3].error
     assert "the text encoder reads 16" in found[4].error and found[4].text == ""
+
+
+def test_a_clip_all_of_whose_queries_are_refused_is_passed_over(long_model, path):
+    head = {"video": path.name, "form": "free", "answer": "", "options": []}
+    rows = [{**head, "question": "Where is the man who is running in the park? " * 3}]
+    (found,) = generate_answers(*long_model, rows, path.parent, max_new_tokens=2)
+    assert "the text encoder reads 16" in found.error
+
+
+def test_blind_questions_go_in_batches_and_keep_their_order(long_model, path, monkeypatch):
+    rows = [{"video": None, "question": f"Where {'or when ' * i}?", "form": "free"}
+            for i in range(5)]  # fmt: skip
+    sizes, generate_some = [], answering._generate
+
+    def watch(model, processor, rows, max_new_tokens):
+        sizes.append(len(rows))
+        return generate_some(model, processor, rows, max_new_tokens)
+
+    options = dict(videos_dir=path.parent, max_new_tokens=4)
+    alone = [generate_answers(*long_model, [row], **options)[0].text for row in rows]
+    monkeypatch.setattr(answering, "_generate", watch)
+    together = generate_answers(*long_model, rows, batch_size=2, **options)
+    assert [answer.text for answer in together] == alone
+    assert sizes == [2, 2, 1]
 
 
 def test_more_keyframes_than_it_was_built_for(build_tiny, pair_dir, path):

@@ -71,7 +71,8 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
     is_training = model.training
     model.eval()
     if processor.selector is not None:
-        answers = _answer_long(model, processor, questions, videos_dir, max_new_tokens, progress)
+        answers = _answer_long(model, processor, questions, videos_dir, batch_size, max_new_tokens,
+                               progress)
         model.train(is_training)
         return answers
 
@@ -110,15 +111,15 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
     return [found[first[question["video"], question["question"]]] for question in questions]
 
 
-def _answer_long(model, processor, questions, videos_dir, max_new_tokens, progress):
+def _answer_long(model, processor, questions, videos_dir, batch_size, max_new_tokens, progress):
     ends, found = stop_token_ids(model.config.template, processor.tokenizer), {}
     names = [question["video"] for question in questions]
     queries = [query_of(question, [(question["question"], None)]) for question in questions]
-    if None in names:
-        blind_ones = [i for i, name in enumerate(names) if name is None]
-        rows = [(questions[i]["question"], None) for i in blind_ones]
-        answers = _generate(model, processor, rows, max_new_tokens)
-        found |= dict(zip(blind_ones, answers, strict=True))
+    blind_ones = [i for i, name in enumerate(names) if name is None]
+    for start in range(0, len(blind_ones), batch_size):
+        batch = blind_ones[start : start + batch_size]
+        rows = [(questions[i]["question"], None) for i in batch]
+        found |= dict(zip(batch, _generate(model, processor, rows, max_new_tokens), strict=True))
     for name in progress(sorted(set(names) - {None})):
         its = [i for i, other in enumerate(names) if other == name]
         for i in its:
@@ -127,6 +128,8 @@ def _answer_long(model, processor, questions, videos_dir, max_new_tokens, progre
             except QueryError as error:
                 found[i] = Answer("", error=str(error))
         its = [i for i in its if i not in found]
+        if not its:
+            continue
         asked = [(questions[i]["question"], queries[i]) for i in its]
         try:
             said = long_video.generate(model, processor, Path(videos_dir) / name, asked,

@@ -33,10 +33,7 @@ def read_card(folder) -> dict:
 
 def load_card(path) -> dict:
     """A data card as it stands in its file, with every part named. Raises ConfigError."""
-    try:
-        card = load_json(path)
-    except OSError as error:  # a folder, say
-        raise ConfigError(f"{path}: not readable: {error}") from error
+    card = load_json(path)
     names = ", ".join(CARD_KEYS)
     if not isinstance(card, dict):
         raise ConfigError(f"{path}: {card!r:.60} is no JSON object; a card names {names}")

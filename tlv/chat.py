@@ -32,7 +32,7 @@ def with_video(question: str) -> str:
 
 def visual_of(sample: dict):
     """The file name of a sample's clip or picture; None for one of text alone."""
-    return sample.get("video", sample.get("image"))
+    return sample.get("image") if sample.get("video") is None else sample["video"]
 
 
 def parse_conversation(sample: dict) -> list[tuple[str, str]]:

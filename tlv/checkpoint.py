@@ -2,7 +2,8 @@
 
 Unfinished runs live in `outputs/.resume/<stage>/<fingerprint>/step-N/`, outside what DVC deletes.
 A folder is written as `step-N.tmp`, flushed to disk, then renamed; older ones go only after that.
-The fingerprint covers settings, inputs and code: a run resumes only where all are equal.
+The fingerprint covers settings, annotations (not the clips), model and code: a run resumes only
+where all are equal.
 Nothing is unpickled: tensors load with `weights_only=True`. Notebook 03.
 """
 
@@ -13,6 +14,7 @@ import os
 import random
 import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,13 @@ import torch
 
 from tlv import ROOT
 from tlv.config import resolve
-from tlv.files import write_json
+from tlv.files import draft_of, publish, write_json
 from tlv.imports import modules_needed
 from tlv.train_config import as_dict
 
 STEP = re.compile(r"step-(\d+)")
+FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")  # whose versions may change a run
 
 
 # ---- identity -------------------------------------------------------------------------------
@@ -36,7 +40,8 @@ def _hash_file(path: Path) -> str:
 
 
 def fingerprint(config, world_size: int) -> str:
-    """16 hex digits of settings, number of ranks, annotations, model folder, code and versions.
+    """16 hex digits of settings, number of ranks, annotations (not the clips), model folder, code
+    and versions.
 
     Of the code, what training needs: a run goes on, and its report stays, when all else changes.
     """
@@ -46,7 +51,8 @@ def fingerprint(config, world_size: int) -> str:
     adapter = config.adapter_dir and resolve(config.adapter_dir)
     files += sorted(p for p in adapter.rglob("*") if p.is_file()) if adapter else []
     files += [ROOT / name for name in modules_needed("import tlv.train", ROOT)]
-    parts = [as_dict(config), world_size, torch.__version__, [_hash_file(p) for p in files]]
+    versions = [version(package) for package in PACKAGES]
+    parts = [as_dict(config), world_size, versions, [_hash_file(p) for p in files]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -61,26 +67,15 @@ def resume_root(out_dir) -> Path:
 # ---- whole or absent ------------------------------------------------------------------------
 
 
-def publish(draft: Path, final: Path) -> None:
-    """Flush the folder `draft` to disk and rename it to `final`, replacing what was there."""
-    for path in [*sorted(draft.rglob("*")), draft]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(draft, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def list_steps(folder: Path) -> list[Path]:
     """Finished step folders, oldest first; unfinished ones (`.tmp`, `.old`) do not count."""
     steps = [p for p in folder.glob("step-*") if STEP.fullmatch(p.name) and p.is_dir()]
     return sorted(steps, key=lambda p: int(STEP.fullmatch(p.name)[1]))
+
+
+def list_runs(root: Path) -> list[Path]:
+    """The folders of a stage's unfinished runs; a stage nested in it has its own beside them."""
+    return [p for p in root.glob("*") if FINGERPRINT.fullmatch(p.name) and p.is_dir()]
 
 
 def find_resume(root: Path, mark: str) -> tuple[Path | None, str]:
@@ -88,8 +83,7 @@ def find_resume(root: Path, mark: str) -> tuple[Path | None, str]:
     steps = list_steps(root / mark)
     if steps:
         return steps[-1], f"resuming at step {STEP.fullmatch(steps[-1].name)[1]}"
-    others = [p for p in root.glob("*/step-*") if STEP.fullmatch(p.name)]
-    if others:
+    if any(list_steps(run) for run in list_runs(root)):
         return None, ("starting clean: the settings, inputs or code differ from those of the "
                       "unfinished run, which is removed")
     return None, "starting clean: no unfinished run"
@@ -97,9 +91,9 @@ def find_resume(root: Path, mark: str) -> tuple[Path | None, str]:
 
 def remove_others(root: Path, mark: str) -> None:
     """Delete unfinished runs with another fingerprint, and this run's unfinished drafts."""
-    for folder in root.glob("*"):
-        if folder.is_dir() and folder.name != mark:
-            shutil.rmtree(folder)
+    for run in list_runs(root):
+        if run.name != mark:
+            shutil.rmtree(run)
     for folder in [*(root / mark).glob("*.tmp"), *(root / mark).glob("*.old")]:
         shutil.rmtree(folder)
 
@@ -193,9 +187,7 @@ def save_model(model, weights: dict, processor, final: Path, ranks) -> None:
     """Write the Hugging Face folder `final`, whole or not at all. Every rank calls it; the first
     one's `weights` are those of `gather_weights`."""
     if ranks.is_first:
-        draft = final.with_name(final.name + ".tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        model.save_pretrained(draft, state_dict=weights)
-        processor.save_pretrained(draft)
-        publish(draft, final)
+        with draft_of(final) as draft:
+            model.save_pretrained(draft, state_dict=weights)
+            processor.save_pretrained(draft)
     ranks.barrier()

@@ -103,6 +103,8 @@ def load_json(path):
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
+    except OSError as error:  # a folder, say
+        raise ConfigError(f"{path}: not readable: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from tlv.builders import build_processor, make_generation_config
 from tlv.chat import prepare_tokenizer, video_token_id
-from tlv.checkpoint import publish
 from tlv.config import ConfigError, load_json
 from tlv.designs import ENCODERS
+from tlv.files import draft_of
 from tlv.model import TlvConfig, TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError, forget_code, load_part, quiet, read_config
 from tlv.published import LEGACY_LLMS, collect, find_layout, rename
@@ -266,11 +265,9 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
     model.generation_config = make_generation_config(config, tokenizer)
     images = make_image_processor(source, config.vision_config)
     processor = build_processor(config, model.connector, images, tokenizer)
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft, state_dict=weights)
-    processor.save_pretrained(draft)
-    publish(draft, out)
+    with draft_of(out) as draft:
+        model.save_pretrained(draft, state_dict=weights)
+        processor.save_pretrained(draft)
     return config
 
 

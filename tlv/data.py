@@ -28,6 +28,7 @@ from tlv.chat import (
 from tlv.config import ConfigError
 from tlv.isolation import isolate, pad_rows
 from tlv.positions import spread
+from tlv.processor import stack_equal
 from tlv.selector import QueryError
 from tlv.templates import VIDEO_TOKEN, ConversationError, is_quoted
 from tlv.video import VideoError
@@ -139,8 +140,11 @@ class VideoTextDataset(Dataset):
     def _spread(self, rows, rng) -> list[dict]:
         placeholder = video_token_id(self.tokenizer)
         limit = self.config.text_config.max_position_embeddings
-        return [spread(row, [token == placeholder for token in row["input_ids"]], limit, rng)
-                for row in rows]
+        try:
+            return [spread(row, [token == placeholder for token in row["input_ids"]], limit, rng)
+                    for row in rows]
+        except ValueError as error:  # a row longer than the LLM's context
+            raise BadRow(str(error)) from error
 
     def _select(self, sample, turns) -> dict:
         """Keyframes and the query's embedding, where the model wants them."""
@@ -227,12 +231,10 @@ def collate(items, *, num_clips: int, blank: dict, pad_id: int,
     if selected:
         keys = {"keyframes": [item["keyframes"] for item in selected],
                 "queries": torch.stack([item["query"] for item in selected])}  # (num_clips, D_q)
-    if len({clip.shape for clip in clips}) == 1:
-        clips = torch.stack(clips)
     return {
         **pad_rows(rows, pad_id),
         **keys,
-        "clips": clips,
+        "clips": stack_equal(clips),
         "clip_key": clip_key,
         "video_index": torch.tensor(video_index),
         "bad": bad,

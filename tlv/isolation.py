@@ -17,6 +17,8 @@ def isolate(rows: list[dict]) -> dict:
     Beside input_ids and labels it holds, for each token, `segments` (0: the shared beginning,
     k: row k) and `positions`, those that the token had in its own row.
     """
+    # The first token of a row is never predicted; here another turn's last may stand before it.
+    rows = [{**row, "labels": [IGNORE_INDEX, *row["labels"][1:]]} for row in rows]
     columns = zip(*(row["input_ids"] for row in rows), strict=False)
     shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
     # The token before an answer predicts its first one, so each row keeps its own.

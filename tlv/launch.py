@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,7 +109,8 @@ def environment(config: TrainConfig, launch_config: LaunchConfig, base: dict) ->
 
 
 def find_finished(config: TrainConfig, launch_config: LaunchConfig) -> bool:
-    """Does out_dir hold the finished run of just these settings, inputs and code?"""
+    """Does out_dir hold the finished run of just these settings, annotations (not the clips),
+    model folder, code and versions?"""
     out_dir = resolve(config.out_dir)
     report, model = out_dir / "report.json", out_dir / "checkpoint" / "config.json"
     if not report.is_file() or not model.is_file():
@@ -124,7 +124,7 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
 
     Progress streams to stderr (TQDM_DISABLE=1 hides the bar). Raises LaunchError.
     """
-    from tlv.train import check_inputs
+    from tlv.train import TrainingError, check_inputs, lock_run
 
     launch_config = launch_config or LaunchConfig()
     check_inputs(config)
@@ -137,11 +137,19 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
         say(f"a finished run with equal settings, inputs and code is there: {final}")
         return final
     root = checkpoint.resume_root(config.out_dir)
+    rank = launch_config.node_rank
+    if rank == 0:  # on a shared disk the others may come when the first rank holds the lock
+        try:
+            with lock_run(root):
+                pass  # the first rank will take it; a live run's files are not to be replaced
+        except TrainingError as error:
+            raise LaunchError(str(error)) from error
     config_path = root / "config.json"
     write_json(config_path, as_dict(config))
     port = launch_config.master_port or free_port()
     _run(command(config_path, launch_config, port),
-         environment(config, launch_config, dict(os.environ)), root / "train.log")
+         environment(config, launch_config, dict(os.environ)),
+         root / ("train.log" if rank == 0 else f"train.{rank}.log"))
     return final
 
 
@@ -151,15 +159,12 @@ def _run(arguments: list[str], env: dict, log_path: Path) -> None:
     process = subprocess.Popen(arguments, env=env, cwd=ROOT, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
-    tail = deque(maxlen=TAIL_LINES)
     try:
         with open(log_path, "wb") as log:
             while chunk := process.stdout.read1(65536):
                 log.write(chunk)
-                text = chunk.decode(errors="replace")
-                sys.stderr.write(text)
+                sys.stderr.write(chunk.decode(errors="replace"))
                 sys.stderr.flush()
-                tail.extend(line for line in text.splitlines() if line.strip())
         code = process.wait()
     finally:
         _stop(process)
@@ -169,9 +174,9 @@ def _run(arguments: list[str], env: dict, log_path: Path) -> None:
         said = dict.fromkeys(line.removeprefix(SAID) for line in lines if line.startswith(SAID))
         if said:  # each rank may have said it
             raise LaunchError("\n".join([*said, f"(the whole log is {log_path})"]))
-        lines = "\n".join(tail)
+        tail = "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
         raise LaunchError(f"training ended with {name}; the whole log is {log_path}, and its end "
-                          f"is:\n{lines}\ncommand: {' '.join(arguments)}")
+                          f"is:\n{tail}\ncommand: {' '.join(arguments)}")
 
 
 def _stop(process) -> None:

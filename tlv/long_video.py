@@ -46,7 +46,8 @@ def generate(model, processor, path, asked, max_new_tokens: int = 32) -> list[Sa
     room = processor.num_tokens(len(numbers)) + longest + max_new_tokens
     check_budget(model, processor, len(numbers), longest + max_new_tokens)
     queries = list(dict.fromkeys(query for _, query in asked))
-    looks = [processor.select(path, query) for query in queries]
+    frames = processor.embed(path)  # (T, D_q), once for all queries
+    looks = [processor.choose(frames, query) for query in queries]
     said = {}
     for query, tokens in zip(queries, encode_clip(model, processor, path, looks), strict=True):
         cache, shared = make_cache(model.language_model.config, room), None

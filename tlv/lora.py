@@ -6,7 +6,6 @@ then a model like any other. QLoRA (arXiv 2305.14314) keeps W itself in 8 or 4 b
 are trained; what is merged in the end is the W of before. Taught in notebook 04.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,11 +13,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tlv.checkpoint import publish
+from tlv.config import ConfigError, load_json
+from tlv.files import draft_of
 from tlv.pretrained import ModelFolderError
 from tlv.recipes import MODULES, part_module, seen_layer
 
 PREFIX = "base_model.model."  # before every name in a PEFT file
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as PEFT names its files
 
 
 def target_names(model, parts) -> list[str]:
@@ -50,14 +51,14 @@ def _is_target(model, part: str, name: str, matrix) -> bool:
 def quantize(model, parts, form: str, dtype, device) -> None:
     """Put the matrices of `parts` into 8 bits ("int8") or 4 ("nf4"), for adapters to be added.
 
-    `dtype` is that of what goes through them. RuntimeError without bitsandbytes, which is no
+    `dtype` is that of what goes through them. ConfigError without bitsandbytes, which is no
     dependency of this package.
     """
     try:
         import bitsandbytes as bnb
     except ImportError as error:
-        raise RuntimeError(f"quantize = {form!r} needs bitsandbytes: pip install tlv[qlora], "
-                           "or set quantize to null") from error
+        raise ConfigError(f"quantize = {form!r} needs bitsandbytes: pip install tlv[qlora], "
+                          "or set quantize to null") from error
     for name in target_names(model, parts):
         old = model.get_submodule(name)
         sizes = dict(input_features=old.in_features, output_features=old.out_features,
@@ -82,7 +83,7 @@ def add_adapters(model, parts, *, rank, alpha, dropout, adapter_dir=None) -> Non
     model.adapter_settings = settings
     if adapter_dir is None:
         return
-    path = Path(adapter_dir) / "adapter_model.safetensors"
+    path = Path(adapter_dir) / WEIGHTS
     if not path.is_file():
         raise ModelFolderError(f"adapter_dir = {adapter_dir}: no {path.name} in it")
     saved, own = load_file(path), adapter_weights(model.state_dict())
@@ -92,6 +93,11 @@ def add_adapters(model, parts, *, rank, alpha, dropout, adapter_dir=None) -> Non
         raise ModelFolderError(f"adapter_dir = {adapter_dir}: not this model's adapter; "
                                f"{len(wrong)} of its weights differ, such as {wrong[0]}: "
                                f"{shapes.get(wrong[0])}, wanted {wanted.get(wrong[0])}")
+    theirs = load_json(path.with_name(SETTINGS)).get("lora_alpha")
+    if theirs != alpha:
+        raise ModelFolderError(f"{path.with_name(SETTINGS)}: trained with lora_alpha = {theirs}, "
+                               f"and lora_alpha = {alpha} would rescale it; set lora_alpha to "
+                               f"{theirs}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
@@ -127,10 +133,7 @@ def merge(state: dict, settings: LoraConfig, originals: dict | None = None) -> d
 
 def save_adapter(state: dict, settings: LoraConfig, final: Path) -> None:
     """Write the folder `final`, as `PeftModel.from_pretrained` reads it, whole or not at all."""
-    draft = final.with_name(final.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in adapter_weights(state).items()},
-              draft / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
-    settings.save_pretrained(draft)
-    publish(draft, final)
+    tensors = {name: tensor.contiguous() for name, tensor in adapter_weights(state).items()}
+    with draft_of(final) as draft:
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        settings.save_pretrained(draft)

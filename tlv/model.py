@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 import tlv.openelm  # noqa: F401  the Auto classes know it from here on
+from tlv.checks import check_shape
 from tlv.connectors import build_connector
 from tlv.processor import TlvProcessor
 from tlv.resamplers import LATENTS
@@ -148,6 +149,8 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
             lengths = [len(clip) for clip in pixel_values_videos]
             frames = torch.cat(list(pixel_values_videos))  # (sum of T, C, H, W)
             video_features = self.vision_features(frames).split(lengths)
+        for clip in video_features:  # the connector was built for such frames
+            check_shape(clip, (None, *self.frame_shape), "video_features")  # (T, N, D_v)
         # A connector without parameters (identity) takes features as they are.
         dtype, device = next(self.connector.parameters(), video_features[0]).dtype, self.device
         clips = [clip.to(device, dtype) for clip in video_features]  # (T, N, D_v)
@@ -192,9 +195,10 @@ class TlvForConditionalGeneration(TlvPreTrainedModel, GenerationMixin):
         return embeds + self._touch(clips, index) if self.training else embeds
 
     def _touch(self, clips, index):
-        """Zero, but made of what no row shows: no trained parameter is without a gradient.
+        """Zero, but made of what no row shows: no parameter of the connector lacks a gradient.
 
-        A rank whose batch is text alone must not leave the others waiting for its gradients.
+        A rank whose batch is text alone must not leave the others waiting for its gradients. The
+        encoder is not run for that: where it is trained, such a batch leaves it without one.
         """
         unused = [clip for k, clip in enumerate(clips) if k not in index]
         if not clips:

@@ -18,6 +18,7 @@ from tlv.world import (
     SIZES,
     Scene,
     is_place_clear,
+    pick,
     place_name,
 )
 
@@ -170,7 +171,7 @@ def write_match(rng: np.random.Generator) -> tuple[str, str]:
     shares = [share for _, share in MATCHES]
     options = lists[rng.choice(len(lists), p=[1 - sum(shares), *shares])]
     if options is None:
-        pair = _pick(rng, SEEN_PAIRS)
+        pair = pick(rng, SEEN_PAIRS)
         options = tuple(" ".join(p) for p in (pair, *_near({pair}, SEEN_PAIRS)))
         answer = options[0]
     else:
@@ -198,10 +199,6 @@ def _motion(scene, index: int) -> str:
     return f"moves {thing.direction} from {start} to {end}"
 
 
-def _pick(rng, items):
-    return items[rng.integers(len(items))] if items else None
-
-
 def _plain(scene: Scene) -> list:
     """Things that keep their colour."""
     return [t for i, t in enumerate(scene.things) if len(scene.colours_of(i)) == 1]
@@ -209,12 +206,12 @@ def _plain(scene: Scene) -> list:
 
 def _colour(scene, rng):
     found = [_colour_of(scene, i) for i in range(len(scene.things))]
-    return _pick(rng, [question for question in found if question])
+    return pick(rng, [question for question in found if question])
 
 
 def _shape(scene, rng):
     found = [_shape_of(scene, i) for i in range(len(scene.things))]
-    return _pick(rng, [question for question in found if question])
+    return pick(rng, [question for question in found if question])
 
 
 def _colour_of(scene, index):
@@ -234,7 +231,7 @@ def _shape_of(scene, index):
 
 
 def _size(scene, rng):
-    return _size_of(_pick(rng, list(scene.things)))
+    return _size_of(pick(rng, list(scene.things)))
 
 
 def _size_of(thing):
@@ -250,7 +247,7 @@ def _end(scene, rng):
 
 
 def _place_at(scene, rng, frame, word):
-    thing = _pick(rng, _placed(scene, frame))
+    thing = pick(rng, _placed(scene, frame))
     return _place_of(thing, frame, word) if thing else None
 
 
@@ -271,7 +268,7 @@ def _place_of(thing, frame, word):
 
 
 def _spot(scene, rng):
-    thing = _pick(rng, _placed(scene, 0))
+    thing = pick(rng, _placed(scene, 0))
     if thing:
         return Question("place", f"Where is the {thing.name}?", _place(thing, 0), PLACES)
 
@@ -283,7 +280,7 @@ def _direction(scene, rng):
         for i, thing in enumerate(scene.things)
         if thing.direction and thing in plain and scene.is_visible(i, frames).mean() > 0.4
     ]
-    thing = _pick(rng, movers)
+    thing = pick(rng, movers)
     if thing:
         text = f"In which direction does the {thing.name} move?"
         return Question("direction", text, thing.direction, tuple(DIRECTIONS))
@@ -306,7 +303,7 @@ def _count(scene, rng):
 
 
 def _presence(scene, rng):
-    return _existence(*_pick(rng, scene.things).pair, "yes")
+    return _existence(*pick(rng, scene.things).pair, "yes")
 
 
 def _near(shown, pairs) -> list:
@@ -315,7 +312,7 @@ def _near(shown, pairs) -> list:
 
 
 def _absence(scene, rng, pairs):
-    return _existence(*_pick(rng, _near(scene.pairs(), pairs)), "no")
+    return _existence(*pick(rng, _near(scene.pairs(), pairs)), "no")
 
 
 def _existence(colour, shape, answer):

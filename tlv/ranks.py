@@ -105,7 +105,7 @@ def leave(ranks: Ranks) -> None:
     dist.destroy_process_group()
 
 
-def end_with_parent() -> None:
+def end_with_launcher() -> None:
     """Leave when the launcher dies, also by kill -9: it holds the other end of our stdin."""
     def watch():
         os.read(0, 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tlv.config import ConfigError
 from tlv.files import write_text
 
 
@@ -74,6 +75,6 @@ def _open_tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RuntimeError("tensorboard = true, but it is not installed: "
-                           "pip install tensorboard, or set tensorboard to false") from error
+        raise ConfigError("tensorboard = true, but it is not installed: "
+                          "pip install tensorboard, or set tensorboard to false") from error
     return SummaryWriter(str(folder))

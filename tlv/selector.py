@@ -7,17 +7,17 @@ question. Taught in notebook 06.
 """
 
 import hashlib
-import os
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tlv import ROOT
+from tlv.files import write_bytes
 from tlv.pretrained import ModelFolderError, load_part, load_pretrained, read_config
 from tlv.video_child import read_chunks_within
 
@@ -98,10 +98,7 @@ class Selector:
             embeddings[done : done + len(frames)] = self.embed_frames(frames)
             done += len(frames)
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"frames": embeddings}, draft)
-            os.replace(draft, file)
+            write_bytes(file, save({"frames": embeddings}))
         return embeddings
 
     def _mark(self, path, numbers) -> str:

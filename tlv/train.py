@@ -23,6 +23,7 @@ import torch
 from tlv import checkpoint, lora
 from tlv.bad_samples import BadSamples, TooManyBadSamples
 from tlv.builders import load_model
+from tlv.chat import IGNORE_INDEX
 from tlv.config import ConfigError, build, load_json, resolve
 from tlv.data import VideoTextDataset, make_loader
 from tlv.engine import load_zero, start_engine
@@ -30,7 +31,7 @@ from tlv.feature_cache import FeatureCache
 from tlv.files import write_json
 from tlv.manifest import load_samples
 from tlv.order import group_alike, rank_batches, sample_key, sample_stream
-from tlv.ranks import Ranks, end_with_parent, leave, start_ranks
+from tlv.ranks import Ranks, end_with_launcher, leave, start_ranks
 from tlv.recipes import count_warmup_steps, learning_rate, set_trainable
 from tlv.runlog import SAID, RunLog, bar, say
 from tlv.train_config import TrainConfig, as_dict
@@ -95,6 +96,8 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     if found is not None:
         state = checkpoint.load_step(engine, found, ranks)
     first_step, bad = state["step"], BadSamples(config.max_bad_share, state["bad"])
+    if ranks.is_first:  # or an earlier run's report would vouch for this one's log and weights
+        (out_dir / "report.json").unlink(missing_ok=True)
     log = RunLog(out_dir, ranks.is_first, state["rows"], config.tensorboard)
 
     def validate() -> float:
@@ -176,7 +179,7 @@ def answer_nll(engine, batch: dict, device) -> torch.Tensor:
     clips, key = batch["clips"], batch["clip_key"]
     moved = clips.to(device) if torch.is_tensor(clips) else [clip.to(device) for clip in clips]
     targets = batch["labels"][:, 1:].to(device)  # (R, L - 1)
-    keep = (targets != -100).any(dim=0).nonzero().flatten()  # (K,)
+    keep = (targets != IGNORE_INDEX).any(dim=0).nonzero().flatten()  # (K,)
     keep = keep if len(keep) else torch.zeros(1, dtype=torch.long, device=device)
     rows = {name: batch[name].to(device)
             for name in ("input_ids", "attention_mask", "position_ids", "video_index", "queries")
@@ -186,14 +189,14 @@ def answer_nll(engine, batch: dict, device) -> torch.Tensor:
     output = engine(**rows, use_cache=False, logits_to_keep=keep, **{key: moved})
     return torch.nn.functional.cross_entropy(
         output.logits.float().flatten(0, 1), targets[:, keep].flatten(), reduction="sum",
-        ignore_index=-100)
+        ignore_index=IGNORE_INDEX)
 
 
 def count_answers(micro_batches, split: str, bad: BadSamples, ranks: Ranks) -> int:
     """Answer tokens of the micro-batches of all ranks; their bad samples are noted on each."""
     mine = [sample for batch in micro_batches for sample in batch["bad"]]
     # The first token of a row is never predicted.
-    num = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+    num = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in micro_batches)
     num_tokens, num_bad = ranks.sum(num, len(mine))
     if num_bad:
         for theirs in ranks.gather(mine):
@@ -241,7 +244,8 @@ def plain_grad_norm(engine) -> float | None:
 def check_inputs(config: TrainConfig) -> None:
     """Every path of the config, before anything is started."""
     files = {"data": config.data, "val_data": config.val_data, "zero_config": config.zero_config,
-             "model_dir": str(Path(config.model_dir) / "config.json")}
+             "model_dir": str(Path(config.model_dir) / "config.json"),
+             "adapter_dir": config.adapter_dir and str(Path(config.adapter_dir) / lora.WEIGHTS)}
     for name, path in files.items():
         if path is not None and not resolve(path).is_file():
             raise ConfigError(f"{name} = {path}: {resolve(path)} does not exist; run the stage "
@@ -306,7 +310,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit("usage: python -m tlv.train config.json")
     if os.environ.get("TLV_END_WITH_PARENT"):
-        end_with_parent()
+        end_with_launcher()
     try:
         leave(train(build(TrainConfig, load_json(arguments[0]), arguments[0])))
     except (ValueError, TrainingError, TooManyBadSamples) as error:  # whose words say what to do

@@ -88,6 +88,8 @@ class TrainConfig:
             demand(part in self.trainable, f"lora names {part!r}, which trainable does not")
         demand(not self.vision_from or "vision" in self.trainable,
                f"vision_from = {self.vision_from:g} but trainable does not name 'vision'")
+        demand(not self.vision_from or "vision" not in self.lora,
+               f"vision_from = {self.vision_from:g} says nothing where lora names 'vision'")
         for name in ("adapter_dir", "quantize"):
             demand(getattr(self, name) is None or bool(self.lora),
                    f"{name} = {getattr(self, name)!r} needs lora, the parts that it is for")

@@ -24,7 +24,8 @@ from tlv.pretrained import ModelFolderError, check_weights, load_part, read_conf
 from tlv.video import VideoError, sample_frames
 
 MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
-FOLDERS = {"vision_dir": AutoImageProcessor, "llm_dir": AutoTokenizer, "pair_dir": AutoTokenizer}
+FOLDERS = {"vision_dir": (AutoImageProcessor,), "llm_dir": (AutoTokenizer,),
+           "pair_dir": (AutoImageProcessor, AutoTokenizer)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,24 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     `decode` also reads a frame of every clip, which takes a while. ConfigError if the card itself
     cannot be read.
     """
-    card, problems, counts, seen = load_card(path), [], Counter(), {}
+    card, problems, counts, seen, broken = load_card(path), [], Counter(), {}, set()
     videos = resolve(card["videos_dir"])
     if not videos.is_dir():
         problems.append(Problem("videos_dir", f"{videos}: no such folder"))
     for part in [name for name in FOLDERS if name in card]:
+        folder = resolve(card[part])
+        if folder in broken:  # an encoder that is the pair too
+            continue
         try:
-            _check_folder(resolve(card[part]), part, FOLDERS[part])
+            _check_folder(folder, part, FOLDERS[part])
         except ModelFolderError as error:
             problems.append(Problem(part, str(error)))
+            broken.add(folder)
     for part in (*MANIFESTS, "test_questions"):
         check = check_question if part == "test_questions" else check_sample
         try:
             samples = load_json(resolve(card[part]))
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             problems.append(Problem(part, str(error)))
             continue
         if not isinstance(samples, list) or not samples:
@@ -70,8 +75,8 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     return problems, counts
 
 
-def _check_folder(path: Path, part: str, loader) -> None:
-    """A model's folder is whole: config, every file of the weights, tokenizer or processor."""
+def _check_folder(path: Path, part: str, loaders) -> None:
+    """A model's folder is whole: config, every file of the weights, and what `loaders` load."""
     read_config(path, part)
     check_weights(path, part)
     for file in sorted(path.glob("*.safetensors")):
@@ -81,7 +86,8 @@ def _check_folder(path: Path, part: str, loader) -> None:
         except Exception as error:
             raise ModelFolderError(f"{part} = {path}: {file.name} is torn or no safetensors file; "
                                    "copy it again") from error
-    load_part(loader, path, part, **{"backend": "pil"} if loader is AutoImageProcessor else {})
+    for loader in loaders:
+        load_part(loader, path, part, **{"backend": "pil"} if loader is AutoImageProcessor else {})
 
 
 def _check_visual(sample, videos: Path, decode: bool, seen: dict) -> None:

@@ -88,6 +88,11 @@ class Child:
                 self.stop()
                 name = signal.Signals(-code).name if code < 0 else f"exit {code}"
                 raise VideoError(path, f"it crashed the decoder ({name}); re-encode it") from error
+            except ValueError:  # answered to its end: a VideoError, or a mistake
+                raise
+            except BaseException:  # interrupted: what is still to come is not the next clip's
+                self.stop()
+                raise
 
     def _answer(self, path, timeout_s) -> dict:
         if not self._pipe.poll(timeout_s):

@@ -167,7 +167,7 @@ def sample_scene(
     direction.
     """
     # Number and sizes are fixed first: redrawing would prefer few and small things.
-    sizes = [_pick(rng, list(SIZES)) for _ in range(num_things or _draw_number(rng, shares))]
+    sizes = [pick(rng, list(SIZES)) for _ in range(num_things or _draw_number(rng, shares))]
     while True:
         num_frames = int(rng.integers(MIN_SECONDS * FPS, MAX_SECONDS * FPS + 1))
         things = _draw_things(rng, sizes, num_frames)
@@ -183,8 +183,10 @@ def sample_scene(
             return scene
 
 
-def _pick(rng, names):
-    return names[rng.integers(len(names))]  # `rng.choice` would make an array of them each time
+def pick(rng, items):
+    """One of `items`, each as likely; None where there are none."""
+    # `rng.choice` would make an array of them each time.
+    return items[rng.integers(len(items))] if items else None
 
 
 def _draw_number(rng, shares) -> int:
@@ -195,7 +197,7 @@ def _draw_things(rng, sizes, num_frames: int) -> list[Thing] | None:
     """Things of these sizes, still without looks; None as soon as two of them would overlap."""
     things, frames = [], np.arange(num_frames)
     for size in sizes:
-        direction = _pick(rng, list(DIRECTIONS)) if rng.random() < 0.65 else None
+        direction = pick(rng, list(DIRECTIONS)) if rng.random() < 0.65 else None
         # Under half a width over the clip, however long it lasts: on a torus, more than half of
         # one would look like a step the other way.
         speed = rng.uniform(0.3, 0.45) * SIZE / num_frames if direction else 0.0
@@ -220,7 +222,7 @@ def _is_near(dx: float, dy: float, reach: float) -> bool:
 
 def _draw_looks(rng, pairs, must_have, count: int) -> list[tuple[str, str]]:
     """Colour and shape of each of `count` things, no colour twice, in random order."""
-    chosen = [_pick(rng, must_have)] if must_have else []
+    chosen = [pick(rng, must_have)] if must_have else []
     for index in rng.permutation(len(pairs)).tolist():
         if len(chosen) == count:
             break
@@ -239,7 +241,7 @@ def _draw_events(rng, scene: Scene, pairs, kinds) -> tuple[Event, ...]:
 
     They pass, and the second begins where the first ends: a frame shows one of them, not which.
     """
-    kind = _pick(rng, kinds)
+    kind = pick(rng, kinds)
     length = rng.uniform(0.2, 0.24)
     start = rng.uniform(0.05, 0.95 - 2 * length)
     taken = {thing.colour for thing in scene.things}

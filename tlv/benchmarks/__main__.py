@@ -19,7 +19,6 @@ from tlv.benchmarks import run
 from tlv.benchmarks.question import BenchmarkError
 from tlv.benchmarks.sampling import frames_of
 from tlv.builders import load_model
-from tlv.config import load_json
 from tlv.files import write_json, write_text
 from tlv.pretrained import ModelFolderError
 from tlv.video import VideoError
@@ -63,11 +62,8 @@ def score_judged(options) -> dict[str, float]:
     benchmark = run.find(options.name)
     if not hasattr(benchmark, "score_judged"):
         raise ValueError(f"{options.name} has no judge; leave --judged out")
-    path = options.judged
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if (
-        path.suffix == ".jsonl") else load_json(path)  # fmt: skip
     questions = benchmark.read(options.folder)
-    scores = benchmark.score_judged(questions, rows)
+    scores = benchmark.score_judged(questions, options.judged)
     write_json(Path(options.out) / "metrics.json", {"num_questions": len(questions), **scores})
     return scores
 

@@ -1,11 +1,9 @@
 """Multiple choice as the benchmarks ask and read it. Taught in notebook 05."""
 
-import string
 from collections import defaultdict
 
 from tlv.benchmarks.question import LETTER
-
-LETTERS = string.ascii_uppercase
+from tlv.evaluate import LETTERS
 
 
 def ask_letter(question: str, options, form: str = "({}) {}") -> str:

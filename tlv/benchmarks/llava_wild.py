@@ -22,16 +22,23 @@ def read(folder: Path, num_frames=None) -> list[Question]:
     ]  # fmt: skip
 
 
-def score_judged(questions, judged: list[dict]) -> dict[str, float]:
+def score_judged(questions, path: Path) -> dict[str, float]:
     """100 times the sum of the model's scores over the sum of the reference's: all, by category."""
-    sums = defaultdict(lambda: [0.0, 0.0])
-    if len(judged) != len(questions):
-        raise BenchmarkError(f"{len(judged)} reviews of {len(questions)} questions; each needs one")
-    for number, review in enumerate(judged):
-        pair = review.get("tuple", ())
-        if len(pair) != 2 or min(pair) <= 0:
-            raise BenchmarkError(f"review {number}: tuple = {pair!r}; two scores from 1 to 10, the "
-                                 "reference's and the model's, are wanted")
-        for name in ("overall", review["category"].removeprefix("llava_bench_")):
+    reviews, sums = read_rows(path, ("tuple", "category")), defaultdict(lambda: [0.0, 0.0])
+    if len(reviews) != len(questions):
+        raise BenchmarkError(f"{path}: {len(reviews)} reviews of {len(questions)} questions; each "
+                             "needs one")
+    for number, review in enumerate(reviews):
+        pair = review["tuple"]
+        if not _is_pair(pair):
+            raise BenchmarkError(f"{path}: review {number}: tuple = {pair!r}; two scores from 1 to "
+                                 "10, the reference's and the model's, are wanted")
+        for name in ("overall", str(review["category"]).removeprefix("llava_bench_")):
             sums[name] = [a + b for a, b in zip(sums[name], pair, strict=True)]
     return {name: 100 * model / reference for name, (reference, model) in sums.items()}
+
+
+def _is_pair(scores) -> bool:
+    """Two numbers above 0? The judge's script writes -1 where it found none."""
+    return (isinstance(scores, list) and len(scores) == 2
+            and all(isinstance(score, int | float) and score > 0 for score in scores))

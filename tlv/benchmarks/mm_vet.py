@@ -43,19 +43,19 @@ def parse_score(said) -> float | None:
 def _score_of(said) -> float | None:
     """The mean over the runs of a judge, or the score of one."""
     runs = said.get("score") if isinstance(said, dict) else [said]
-    scores = [parse_score(one) for one in runs or [None]]
-    return None if None in scores else sum(scores) / len(scores)
+    scores = [parse_score(one) for one in runs] if isinstance(runs, list) else []
+    return None if None in scores or not scores else sum(scores) / len(scores)
 
 
-def score_judged(questions, judged: dict) -> dict[str, float]:
+def score_judged(questions, path: Path) -> dict[str, float]:
     """Means times 100: `total`, each capability, and each combination of them as it occurs."""
-    groups = defaultdict(list)
+    judged, groups = read_table(path), defaultdict(list)
     for question in questions:
-        value = _score_of(judged.get(question.id))
+        said = judged.get(question.id)
+        value = _score_of(said)
         if value is None:
-            said = judged.get(question.id)
-            raise BenchmarkError(f"the judge's word on {question.id} is {said!r}; a score from 0.0 "
-                                 "to 1.0 is wanted")
+            raise BenchmarkError(f"{path}: the judge's word on {question.id} is {said!r}; a score "
+                                 "from 0.0 to 1.0 is wanted")
         names = question.group.split(",")
         for name in ("total", *names, f"only/{question.group}"):
             groups[name].append(value)

@@ -57,6 +57,9 @@ def read_rows(path: Path, keys=(), lines: bool = False) -> list[dict]:
     if not isinstance(rows, list):
         raise BenchmarkError(f"{path}: must hold a list of rows, not a {type(rows).__name__}")
     for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise BenchmarkError(f"{path}: row {number} is {row!r:.60}; every row must be an "
+                                 "object")
         if missing := [key for key in keys if key not in row]:
             raise BenchmarkError(f"{path}: row {number} has no {', '.join(map(repr, missing))}; "
                                  f"it has {', '.join(map(repr, row))}")
@@ -67,7 +70,10 @@ def read_table(path: Path) -> dict:
     """A .json file that holds an object."""
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; the folder tree stands in data/README.md")
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise BenchmarkError(f"{path}: not readable as json: {error}") from error
     if not isinstance(found, dict):
         raise BenchmarkError(f"{path}: must hold an object, not a {type(found).__name__}")
     return found

@@ -25,7 +25,9 @@ from tlv.benchmarks import (
 )
 from tlv.benchmarks.question import Question
 from tlv.benchmarks.sampling import each_once
-from tlv.video import VideoError, probe, read_frames, read_image
+from tlv.selector import FRAME_S
+from tlv.video import VideoError, probe, read_image
+from tlv.video_child import read_chunks_within
 
 BENCHMARKS = {
     "gqa": gqa, "llava_wild": llava_wild, "longvideobench": longvideobench, "mlvu": mlvu,
@@ -45,7 +47,10 @@ def find(name: str):
 
 def answer(model, processor, questions: list[Question], folder, *, batch_size: int = 1,
            max_new_tokens: int = 1024, progress=iter) -> list[answering.Answer]:  # fmt: skip
-    """Greedy answers, every question asked alone, of the frames that the benchmark names."""
+    """Greedy answers, every question asked alone, of the frames that the benchmark names.
+
+    A clip that hangs or crashes the decoder costs its own answers alone.
+    """
     folder, rules = Path(folder), {}
     once = {question.media for question in questions if question.each_once}
 
@@ -58,7 +63,7 @@ def answer(model, processor, questions: list[Question], folder, *, batch_size: i
 
     def frames_of(name):
         if name not in rules:
-            clip = processor.sample(folder / name)
+            clip = processor.sample(folder / name, FRAME_S)
             return each_once(clip) if name in once else clip.frames
         return read_chosen(folder / rules[name].media, rules[name].frames)
 
@@ -75,7 +80,10 @@ def read_chosen(path: Path, rule) -> np.ndarray:
     """The frames that `rule` chooses, of a clip or of a folder of pictures -> (T, H, W, 3)."""
     if not path.is_dir():
         info = probe(path)
-        return read_frames(path, rule(info.num_frames, info.fps))
+        chosen = rule(info.num_frames, info.fps)
+        numbers, places = np.unique(chosen, return_inverse=True)
+        (frames,) = read_chunks_within(FRAME_S, path, numbers, size=len(numbers))
+        return frames[places]
     pictures = sorted(path.glob("*.jpg"))
     if not pictures:
         raise VideoError(path, "no pictures in it; 00001.jpg ... are wanted")

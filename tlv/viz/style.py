@@ -1,15 +1,17 @@
 """The house style of figures: one colour per part of the model, one sequential map."""
 
-import os
-from pathlib import Path
+import io
 
 import matplotlib
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from tlv.files import write_bytes
+
 # The Okabe-Ito colours: told apart by colour-blind readers and in grey print.
 PALETTE = {"vision": "#0072B2", "connector": "#D55E00", "llm": "#009E73", "text": "#CC79A7"}
+OTHER = ("#56B4E9", "#E69F00")  # two more of them, for sets and curves that belong to no part
 INK, MUTED, FAINT, GOOD, BAD = "#222222", "#8A8A8A", "#E6E6E6", "#009E73", "#C0392B"
 SEQUENTIAL = "cividis"  # the one map for amounts
 TITLE = dict(fontsize=11, fontweight="bold", color=INK)
@@ -48,12 +50,9 @@ def new_figure(width: float, height: float, rows=1, columns=1, **options):
 
 def save(fig: Figure, path) -> Figure:
     """Write a PNG without dates or versions in it, whole or not at all; returns `fig`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with matplotlib.rc_context(STYLE):
-        fig.savefig(draft, format="png", metadata={"Software": None})
-    os.replace(draft, path)
+        fig.savefig(picture := io.BytesIO(), format="png", metadata={"Software": None})
+    write_bytes(path, picture.getvalue())
     return fig
 
 
