@@ -21,3 +21,18 @@ def test_two_runs_stand_side_by_side(tmp_path, monkeypatch):
     path.write_text(json.dumps(runs))
     assert committed.side_by_side("03_x", ["steps"]).splitlines()[0].split() == ["image", "model"]
     assert committed.found("tiny/03_x/metrics.json") == {}
+
+
+def test_shares_stand_in_columns_with_their_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+    path = tmp_path / committed.PATH
+    path.parent.mkdir()
+    values = {"a/red": 0.5, "a/red/low": 0.412, "a/red/high": 0.588}
+    values |= {"b/green": 1.0}
+    path.write_text(json.dumps({"tiny/05_x/metrics.json": values}))
+    table = committed.two_columns("05_x", {"one": "a/", "two": "b/"}, ["red", "green"])
+    assert table.splitlines() == [
+        "                          one                   two",
+        "red          50.0% (41 to 59)                     -",
+        "green                       -                100.0%",
+    ]

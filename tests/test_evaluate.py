@@ -9,6 +9,7 @@ import pytest
 from tlv import answering, evaluate
 from tlv.answering import Answer
 from tlv.evaluate import extract_choice
+from tlv.intervals import clustered_interval
 from tlv.mp4 import write_video
 
 OPTIONS = ["red", "blue", "a green circle", "none of these"]
@@ -72,7 +73,7 @@ def test_unparsed_and_broken_answers_are_wrong_and_counted():
 
 
 def test_interval_equals_wilson_when_every_answer_has_its_own_clip():
-    low, high = evaluate.clustered_interval([1] * 8 + [0] * 2, range(10))
+    low, high = clustered_interval([1] * 8 + [0] * 2, range(10))
     # Wilson's interval for 8 of 10, at an effective number close to 10 (9: the variance's n - 1).
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=0.02)
 
@@ -80,10 +81,10 @@ def test_interval_equals_wilson_when_every_answer_has_its_own_clip():
 def test_interval_widens_when_answers_about_a_clip_agree():
     correct = np.repeat([1, 0] * 20, 5)
     clips = np.repeat(range(40), 5)
-    low, high = evaluate.clustered_interval(correct, clips)
-    free_low, free_high = evaluate.clustered_interval(correct, range(200))
+    low, high = clustered_interval(correct, clips)
+    free_low, free_high = clustered_interval(correct, range(200))
     assert high - low == pytest.approx(np.sqrt(5) * (free_high - free_low), rel=0.05)
-    few = evaluate.clustered_interval(correct[::5], clips[::5])
+    few = clustered_interval(correct[::5], clips[::5])
     assert (low, high) == pytest.approx(few, abs=1e-9)  # repeating an answer adds nothing
 
 
@@ -92,16 +93,16 @@ def test_interval_covers_the_truth_in_95_of_100_clustered_samples():
     for _ in range(400):
         ability = rng.beta(6, 2, size=60)  # clips differ in how hard they are; mean 0.75
         correct = rng.random((60, 6)) < ability[:, None]
-        low, high = evaluate.clustered_interval(correct.ravel(), np.repeat(range(60), 6))
+        low, high = clustered_interval(correct.ravel(), np.repeat(range(60), 6))
         hits += low <= 0.75 <= high
     assert 0.92 <= hits / 400 <= 0.98
 
 
 def test_interval_at_the_edges_keeps_a_width_and_stays_inside():
-    low, high = evaluate.clustered_interval([1] * 30, np.repeat(range(10), 3))
+    low, high = clustered_interval([1] * 30, np.repeat(range(10), 3))
     assert 0.6 < low < 0.8 and high == pytest.approx(1.0)
-    assert evaluate.clustered_interval([], []) == (0.0, 1.0)
-    low, high = evaluate.clustered_interval([0], ["a"])
+    assert clustered_interval([], []) == (0.0, 1.0)
+    low, high = clustered_interval([0], ["a"])
     assert low == pytest.approx(0.0) and high < 1
 
 

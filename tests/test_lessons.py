@@ -57,7 +57,7 @@ LESSONS = [  # notebook, words of the cell's code, words that it printed
     ("06", '"keyframes.png"', FIGURE),
     ("06", '"needle_grid.png"', FIGURE),
     ("06", '"hit_rates.png"', FIGURE),
-    ("06", '"hit_rates.png"', "to be expected are"),
+    ("06", '"hit_rates.png"', "counted over possible places"),
     ("06", '"weights", [', "weights ["),
     ("06", '"weights.png"', FIGURE),
     ("06", '"accuracy.png"', FIGURE),

@@ -31,7 +31,7 @@ FIGURES = {
     "bars_with_ci": lambda: viz.bars_with_ci(["a", "b"], [0.9, 1], [0.8, 0.9], [1, 1], [0.2, 0.5]),
     "bars": lambda: viz.bars_with_ci(["x"], [1.2e6], unit_range=False, xlabel="parameters"),
     "confusion": lambda: viz.confusion([[5, 1], [0, 7]], ["left", "right"], "Mostly right"),
-    "reliability": lambda: viz.reliability([0.1, 0.9, 0.95, 1.0], [0, 1, 1, 1], "Calibrated"),
+    "reliability": lambda: viz.reliability([0.1, 0.9, 1], [0, 1, 1], [0, 1, 1], "Calibrated"),
     "heatmap": lambda: viz.heatmap(np.eye(4), "Each looks at itself", "key", "query", "weight"),
     "lines": lambda: viz.lines({"group": ([1, 2], [3, 4])}, "Up", "frames", "cost", ["connector"]),
     "band": lambda: viz.lines({"a": ([0, 0.5], [3, 4], [2, 3], [4, 5])}, "Up", "share", "cost"),
@@ -108,3 +108,17 @@ def test_steps_are_whole_and_the_first_point_is_not_cut():
     assert low == 0 and high > 6.6 * 1.04
     ticks = viz.lines({"a": ([0, 0.5, 1], [1, 2, 3])}).axes[0].get_xticks()
     assert not all(float(tick).is_integer() for tick in ticks)  # shares
+
+
+def test_a_running_mean_stands_in_the_middle_of_its_steps():
+    fig = viz.loss_curve((range(100), [1.0] * 50 + [0.0] * 50))
+    steps, means = fig.axes[0].lines[1].get_data()
+    assert steps[means == 0.5].tolist() == [49.5]
+
+
+def test_calibration_intervals_widen_where_a_clip_has_several_answers():
+    confidence, correct = [0.9] * 40, [1, 1, 1, 0] * 10
+    alone, together = (viz.reliability(confidence, correct, clips).axes[0].collections[0]
+                       for clips in (range(40), [i // 4 % 2 for i in range(40)]))
+    height = [np.ptp(bars.get_segments()[0][:, 1]) for bars in (alone, together)]
+    assert height[0] < height[1]

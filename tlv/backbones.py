@@ -35,7 +35,7 @@ def train_backbones(
     num_rows: int = 16,
     device: str = "cpu",
 ) -> Background:
-    """Start to train image encoder and language model; `wait` of the result gives the loss curves.
+    """Start to train vision encoder and language model; `wait` of the result gives the loss curves.
 
     They are written to `vision/` and `llm/` below `out_dir`. `num_texts` documents train the
     tokenizer; a step sees `batch_size` images, or `num_rows` texts with all their turns. Encoder

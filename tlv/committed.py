@@ -2,7 +2,7 @@
 
 `make report` gathers it in notebooks/measured.json, so that no notebook reads the outputs of a real
 run. Cells that use it are tagged `measured`: no stage's result depends on another run's.
-Taught in notebooks 00 and 02 to 06.
+Taught in notebooks 00 to 06.
 """
 
 import json
@@ -15,7 +15,7 @@ WAYS = {"dks": "DKS", "top_k": "top-K", "uniform": "uniform"}
 FORMS = {
     "dfm": "K keyframes, others merged (DFM)",
     "mean": "K keyframes, others averaged",
-    "whole": "as many, in more whole frames",
+    "whole": "as many tokens, in more keyframes",
     "drop": "K keyframes alone, fewer tokens",
 }
 
@@ -24,6 +24,8 @@ SHOWN = (  # below outputs/
     *(f"{preset}/{stage}/metrics.json" for preset in MODELS.values()
       for stage in ("02_architecture", "03_pretraining", "04_sft")),
     "tiny/00_toy_world/metrics.json",
+    "tiny/01_data_filtering/metrics.json",
+    "tiny/01_data_filtering/examples.json",
     "tiny/05_evaluation/metrics.json",
     "tiny/06_long_video/scaling.json",
     "tiny/long/06_long_video/metrics.json",
@@ -49,14 +51,13 @@ def side_by_side(stage: str, keys) -> str:
 
 
 def two_columns(stage: str, columns: dict, rows) -> str:
-    """Shares from one file of the video model: `columns` are titles and what the keys of each begin
-    with, `rows` how they end."""
-    values = found(f"tiny/{stage}/metrics.json")
-    lines = [" " * 12 + "".join(f"{title:>14}" for title in columns)]
+    """Shares from one file of the video model, with the 95% intervals where it has some:
+    `columns` are titles and what the keys of each begin with, `rows` how they end."""
+    values, width = found(f"tiny/{stage}/metrics.json"), max(map(len, rows)) + 2
+    lines = [" " * width + "".join(f"{title:>22}" for title in columns)]
     for row in rows:
-        cells = [f"{values[begin + row]:.1%}" if begin + row in values else "-"
-                 for begin in columns.values()]  # fmt: skip
-        lines.append(f"{row:12}" + "".join(f"{cell:>14}" for cell in cells))
+        cells = [_share(values, begin + row) for begin in columns.values()]
+        lines.append(f"{row:{width}}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -79,3 +80,10 @@ def grid_table(metrics: dict) -> str:
 
 def _cell(value) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _share(values: dict, key: str) -> str:
+    if key not in values:
+        return "-"
+    ends = [f"{100 * values[key + end]:.0f}" for end in ("/low", "/high") if key + end in values]
+    return f"{values[key]:.1%}" + (f" ({' to '.join(ends)})" if ends else "")

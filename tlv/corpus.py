@@ -114,7 +114,7 @@ WRITERS = {
 
 
 def write_frames(rng: np.random.Generator, count: int, num_things: int | None = None):
-    """Frames for the image encoder, (count, H, W, 3) uint8, and for each the facts it shows."""
+    """Frames for the vision encoder, (count, H, W, 3) uint8, and for each the facts it shows."""
     frames, facts = [], []
     for _ in range(count):
         scene = world.sample_scene(rng, num_things=num_things or int(rng.integers(1, 4)))

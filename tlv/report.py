@@ -88,8 +88,9 @@ def result_table(preset: str) -> str:
         for form in FORMS:
             cells += [_interval_behind(metrics, f"accuracy/type/{kind}/{form}"),
                       f"{metrics[f'{BASELINE}{kind}/{form}']:.1%}"]  # fmt: skip
-        other = metrics.get(f"other/type/{kind}")
-        rows.append(f"| {' | '.join([*cells, '' if other is None else f'{other:.1%}'])} |")
+        other = f"other/type/{kind}"
+        cells.append(_interval_behind(metrics, other) if other in metrics else "")
+        rows.append(f"| {' | '.join(cells)} |")
     rows.append(f"\n{metrics['num_questions']} questions about clips, seed {metrics['seed']}.")
     return "\n".join(rows)
 

@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from tlv import chat, corpus, questions, world
 from tlv.background import compute_ahead
 from tlv.forked_ranks import run_forked, sum_gradients
+from tlv.intervals import clustered_interval
 from tlv.isolation import isolate, pad_rows
 from tlv.ranks import ALONE, Ranks
 from tlv.toy_steps import rated_steps, take_step
@@ -90,11 +91,13 @@ def write_step(step: int, *, seed, num_steps, num_rows, template, tokenizer) -> 
 def measure_reading(
     model, tokenizer, template: str, *, seed: int, num_scenes: int, choice_share: float = 0.0
 ) -> dict:
-    """Share of questions that the language model answers right from scenes told frame by frame,
-    per question type."""
+    """How many questions the language model answers right from scenes told frame by frame.
+
+    Per question type {"": share, "/low", "/high": its 95% interval, clustered by scene}.
+    """
     rng = np.random.default_rng([seed, 3])
     right = {}
-    for _ in range(num_scenes):
+    for number in range(num_scenes):
         scene = world.sample_scene(rng)
         told = questions.frame_log(scene, 6)
         asked = questions.ask(scene, rng)
@@ -109,10 +112,15 @@ def measure_reading(
         guess = model(**batch).logits[0, :-1].argmax(-1)  # (L - 1,)
         is_right = (guess == label) | (label == chat.IGNORE_INDEX)
         turn_of = torch.tensor(row["segments"][1:], device=model.device)
-        for number, question in enumerate(asked, start=1):
-            hit = is_right[turn_of == number].all()
-            right.setdefault(question.type, []).append(float(hit))
-    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+        for turn, question in enumerate(asked, start=1):
+            hit = float(is_right[turn_of == turn].all())
+            right.setdefault(question.type, []).append((hit, number))
+    shares = {}
+    for kind, rows in right.items():
+        hits, scenes = zip(*rows, strict=True)
+        low, high = clustered_interval(hits, scenes)
+        shares[kind] = {"": sum(hits) / len(hits), "/low": low, "/high": high}
+    return shares
 
 
 def _learn_texts(model, steps, batches, ranks: Ranks) -> list[float]:

@@ -1,4 +1,4 @@
-"""The image encoder of the toy world: a small SigLIP with its text tower, trained from nothing.
+"""The vision encoder of the toy world: a small SigLIP with its text tower, trained from nothing.
 
 Sigmoid contrastive loss (arXiv 2303.15343) on single frames with captions (`tlv.corpus`). Its
 folder is loaded like that of `google/siglip-so400m-patch14-384`. Taught in notebook 00.

@@ -31,7 +31,7 @@ def picture_size(config) -> int:
 
 
 def load_vision_encoder(path, dtype=torch.float32, what: str = "vision_dir") -> nn.Module:
-    """The image encoder of a folder. Of an image-text pair (SigLIP, CLIP) the text half is left."""
+    """The vision encoder of a folder; of an image-text pair (SigLIP, CLIP) the seeing half."""
     config = vision_part(read_config(path, what))
     return load_pretrained(AutoModel, path, what, dtype, config=config)
 

@@ -4,7 +4,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tlv.viz.style import INK, MUTED, PALETTE, SEQUENTIAL, new_figure, title_above, title_axes
+from tlv.intervals import clustered_interval
+from tlv.viz.style import (
+    INK,
+    MUTED,
+    OTHER,
+    PALETTE,
+    SEQUENTIAL,
+    new_figure,
+    title_above,
+    title_axes,
+)
 
 
 def loss_curve(train, val=None, title="", part="connector", ylabel="loss (nats per token)"):
@@ -13,12 +23,13 @@ def loss_curve(train, val=None, title="", part="connector", ylabel="loss (nats p
     steps, losses = (np.asarray(v, dtype=float) for v in train)
     colour = PALETTE[part]
     ax.plot(steps, losses, color=colour, alpha=0.25, lw=1)
-    window = max(1, len(losses) // 25)
+    window = max(1, len(losses) // 50)
     kernel = np.ones(window) / window
-    ax.plot(steps[window - 1 :], np.convolve(losses, kernel, "valid"), color=colour, lw=2,
+    middle = np.convolve(steps, kernel, "valid")  # a mean stands in the middle of its steps
+    ax.plot(middle, np.convolve(losses, kernel, "valid"), color=colour, lw=2,
             label=f"training, mean of {window}" if window > 1 else "training")  # fmt: skip
     if val is not None and len(val[0]):
-        ax.plot(*val, "o-", color=INK, ms=4, lw=1.2, label="validation")
+        ax.plot(*val, "o", color=INK, ms=4, label="validation")
     ax.set(xlabel="optimizer step", ylabel=ylabel, ylim=(0, 1.05 * ax.get_ylim()[1]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
@@ -72,14 +83,16 @@ def histogram(series: dict, title="", xlabel="", threshold=None, parts=(), bins=
     fig, ax = new_figure(6.5, 2.8)
     every = np.concatenate([np.asarray(v, dtype=float) for v in series.values()])
     edges = np.linspace(every.min(), every.max() + 1e-9, bins + 1)
-    colours = [PALETTE[p] for p in parts] or list(PALETTE.values())
+    colours = [PALETTE[p] for p in parts] or OTHER
     for (label, values), colour in zip(series.items(), colours, strict=False):
         weights = np.full(len(values), 1 / max(1, len(values)))
         ax.hist(values, edges, weights=weights, color=colour, alpha=0.65, log=log,
                 label=f"{label} ({len(values):,})")  # fmt: skip
+    if log:
+        ax.set_ylim(0.5 / max(map(len, series.values())), 1)  # below a bar of one value
     if threshold is not None:
         ax.axvline(threshold, color=INK, lw=1.2, ls="--", label=f"threshold {threshold:.3g}")
-    ax.set(xlabel=xlabel, ylabel="share")
+    ax.set(xlabel=xlabel, ylabel="share of its set")
     ax.legend(fontsize=9)
     title_axes(ax, title)
     return fig
@@ -102,14 +115,16 @@ def confusion(counts, labels, title="") -> Figure:
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    fig.colorbar(image, ax=ax, shrink=0.8, label="share of the truth")
+    fig.colorbar(image, ax=ax, shrink=0.8, label="share of the row")
     title_axes(ax, title)
     return fig
 
 
-def reliability(confidence, correct, title="", bins=10) -> Figure:
-    """Calibration: confidence (n,) in 0..1 against accuracy, 95% intervals; below, how many."""
+def reliability(confidence, correct, clips, title="", bins=10) -> Figure:
+    """Calibration: confidence (n,) in 0..1 against accuracy, 95% intervals clustered by clip (n,);
+    below, how many."""
     confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    clips = np.asarray(clips)
     fig, (ax, low) = new_figure(4.6, 4.6, 2, 1, sharex=True, height_ratios=[4, 1])
     edges = np.linspace(0, 1, bins + 1)
     place = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
@@ -117,11 +132,8 @@ def reliability(confidence, correct, title="", bins=10) -> Figure:
     used = count > 0
     sums = (np.bincount(place, v, minlength=bins) for v in (confidence, correct))
     mean = [s[used] / count[used] for s in sums]
-    # Wilson's interval: it stays inside 0..1 and is right for small bins.
-    n, p, z = count[used], mean[1], 1.96
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    error = np.maximum([p - (centre - half), centre + half - p], 0)
+    ends = [clustered_interval(correct[place == b], clips[place == b]) for b in used.nonzero()[0]]
+    error = np.maximum((np.array(ends) - mean[1][:, None]) * [-1, 1], 0).T  # (2, bins in use)
     ax.plot([0, 1], [0, 1], "--", color=MUTED, lw=1, label="perfectly calibrated")
     ax.errorbar(*mean, yerr=error, fmt="o-", color=PALETTE["llm"], capsize=3, label="the model")
     ax.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
@@ -164,7 +176,7 @@ def lines(series: dict, title="", xlabel="", ylabel="", parts=()) -> Figure:
     `parts` names the part whose colour each one takes. Whole numbers x have whole ticks.
     """
     fig, ax = new_figure(6.5, 3.2)
-    colours = [PALETTE[p] for p in parts] or [*PALETTE.values(), INK, MUTED]
+    colours = [PALETTE[p] for p in parts] or [*OTHER, INK, MUTED]
     for (label, (x, y, *ends)), colour in zip(series.items(), colours, strict=False):
         ax.plot(x, y, "o-", ms=4, lw=1.8, color=colour, label=label)
         if ends:

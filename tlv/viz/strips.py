@@ -60,7 +60,7 @@ def frame_strip(frames, timestamps, title="", columns=8, marked=(), maps=None) -
         ax.imshow(frame)
         if maps is not None:
             extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-            ax.imshow(maps[i], cmap=SEQUENTIAL, alpha=0.6, vmin=0, extent=extent)
+            ax.imshow(maps[i], cmap=SEQUENTIAL, alpha=0.7 * maps[i], vmin=0, vmax=1, extent=extent)
         ax.set_title(time, fontsize=8, loc="center", color=INK, pad=2)
         if i in marked:
             edge = dict(fill=False, ec=PALETTE["connector"], lw=4, transform=ax.transAxes)
