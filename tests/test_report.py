@@ -127,6 +127,13 @@ def test_the_readme_shows_what_outputs_say(head):
     assert shown == report.measured(), f"run `make report` and commit {committed.PATH}"
 
 
+def test_every_committed_cost_has_a_machine_and_a_date(head):
+    for preset in ("smoke", "tiny", "tiny/image", "tiny/long"):
+        for stage, found in costs.read_costs(preset).items():
+            assert found and all({"wall_s", "peak_mib", "date"} == set(cost)
+                                 for cost in found.values()), (preset, stage)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", notebooks.names())
 def test_the_notebooks_show_what_outputs_say(head, name):
     cells = notebooks.read(head / f"notebooks/{name}.ipynb").cells
