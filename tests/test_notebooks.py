@@ -35,6 +35,7 @@ from tlv.builders import load_model
 from tlv.card import read_card
 from tlv.config import ConfigError, load_json
 from tlv.files import write_json
+from tlv.manifest import load_samples
 from tlv.notebook_style import lint
 from tlv.pretrained import ModelFolderError
 from tlv.toy_data import make_world
@@ -200,6 +201,7 @@ def test_the_architecture_is_shown_on_the_first_sample_that_is_good_and_no_text(
     text = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "No."}]}
     write_json(folder / "data.json", [text, *samples])
     seen = dict(data=data, chat=chat, viz=viz, model=model, processor=processor, figures=tmp_path,
+                load_samples=load_samples,
                 card={"val_qa": folder / "data.json", "videos_dir": folder})  # fmt: skip
     exec(find_cell(NAMES[2], "looked_at.usable(1)"), seen)
     assert seen["clip_path"] == folder / "1.mp4" and len(seen["clip"].frames) == 4
