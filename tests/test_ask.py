@@ -76,7 +76,7 @@ def test_bad_inputs_end_in_one_line(clip, model_dir, llm_dir, tmp_path, capsys):
 def test_a_device_that_is_not_there_is_refused_before_the_model_is_loaded(clip, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([str(clip), "What?", "--model", str(tmp_path), "--device", "gpu"])
-    assert "--device: 'gpu' cannot be used here; cpu can" in capsys.readouterr().err
+    assert "--device: device = 'gpu' cannot be used here; take 'auto'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

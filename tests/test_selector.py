@@ -114,8 +114,9 @@ def test_nothing_stale_is_read(selector, path, clip_frames):
 
 def load_selector_with(selector):
     """The same parts and cache, as a new process would have them."""
-    return type(selector)(selector.model, selector.image_processor, selector.tokenizer,
-                          selector.cache_dir)
+    again = type(selector)(selector.model, selector.image_processor, selector.tokenizer)
+    again.cache_dir = selector.cache_dir
+    return again
 
 
 def test_a_torn_cache_file_cannot_arise(selector, path):

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 from toy_manifest import make_world
+from transformers import Dinov2Config, Dinov2Model
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from tlv import ROOT, validate
 from tlv.card import CARD_KEYS
@@ -18,8 +20,8 @@ QUESTION = {"id": "q", "video": "clip0.mp4", "type": "colour", "form": "choice",
 
 
 @pytest.fixture
-def card(tmp_path, vision_dir, llm_dir):
-    """A complete card, its folder's samples, and card(**changes of parts) -> its path."""
+def card(tmp_path, pair_dir, llm_dir):
+    """A complete card, its encoder the pair too; the samples; card(**changes of parts) -> path."""
     make_world(tmp_path, 3)
     samples = json.loads((tmp_path / "data.json").read_text())
     question = QUESTION | {"video": samples[0]["video"]}
@@ -30,7 +32,7 @@ def card(tmp_path, vision_dir, llm_dir):
             if part in parts:
                 (tmp_path / f"{part}.json").write_text(json.dumps(content))
         paths = {part: str(tmp_path / f"{part}.json") for part in parts}
-        dirs = {"videos_dir": tmp_path, "vision_dir": vision_dir, "llm_dir": llm_dir}
+        dirs = {"videos_dir": tmp_path, "vision_dir": pair_dir, "llm_dir": llm_dir}
         dirs |= {"pair_dir": None} if "pair_dir" in changes else {}
         paths |= {key: str(changes.get(key, path)) for key, path in dirs.items()}
         (tmp_path / "card.json").write_text(json.dumps(paths))
@@ -42,6 +44,19 @@ def card(tmp_path, vision_dir, llm_dir):
 
 def reasons(path, **options):
     return [f"{p.part}: {p.reason}" for p in validate.check_card(path, **options)[0]]
+
+
+def test_an_encoder_that_is_no_pair_needs_one_beside_it(card, pair_dir, tmp_path):
+    """A card without pair_dir means its encoder, which must then be an image-text pair."""
+    encoder = tmp_path / "dinov2"
+    Dinov2Model(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                             image_size=16, patch_size=8)).save_pretrained(encoder)  # fmt: skip
+    BitImageProcessorPil().save_pretrained(encoder)
+    (reason,) = reasons(card(vision_dir=encoder))
+    assert reason.startswith("pair_dir: pair_dir = ") and reason.endswith(
+        "a 'dinov2' model; an image-text pair is wanted, one of siglip, clip"
+    )
+    assert reasons(card(vision_dir=encoder, pair_dir=pair_dir)) == []
 
 
 def test_a_complete_card_has_no_problems(card, capsys):
@@ -192,7 +207,8 @@ def _cut(folder):
 )
 def test_an_unfinished_copy_of_a_model_is_a_problem(part, spoil, message, card, request, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(request.getfixturevalue(part), folder)
+    whole = "pair_dir" if part == "vision_dir" else part
+    shutil.copytree(request.getfixturevalue(whole), folder)
     assert reasons(card(**{part: folder})) == []
     spoil(folder)
     (reason,) = reasons(card(**{part: folder}))

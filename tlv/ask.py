@@ -12,6 +12,7 @@ import torch
 from tlv import long_video
 from tlv.builders import load_model
 from tlv.chat import query_of, with_video
+from tlv.devices import find_device
 from tlv.pretrained import ModelFolderError
 from tlv.templates import render
 from tlv.video import Clip, VideoError, is_picture
@@ -64,14 +65,10 @@ def _ask_long(model, processor, path, question, max_new_tokens) -> str:
 
 def to_device(name: str) -> str:
     """A device that can be computed on; an argparse error for another."""
-    if name == "auto":
-        return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # no such name; torch without a GPU
-        why = f"{name!r} cannot be used here; cpu can ({str(error).splitlines()[0]})"
-        raise argparse.ArgumentTypeError(why) from None
-    return name
+        return find_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
 
 
 def main(arguments=None) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tlv import corpus, questions, templates
 from tlv.background import Background
+from tlv.devices import find_device
 from tlv.toy_llm import train_llm
 from tlv.toy_siglip import train_vision
 
@@ -43,8 +44,7 @@ def train_backbones(
     half of the CPU threads. The language model takes longer and goes first; for its last steps,
     when the encoder is done, it takes all of them, each for a process.
     """
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = find_device(device)
     rng = np.random.default_rng([seed, 10])  # a stream of its own: no scene of the world
     lessons = [corpus.write_lesson(rng, i / num_texts) for i in range(num_texts)]
     texts = [templates.render([turn], template) for turns in lessons for turn in turns]

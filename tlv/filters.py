@@ -38,7 +38,7 @@ class ClipFacts:
     duration: float = 0.0  # seconds
     signature: np.ndarray | None = None  # (T, GRID, GRID, 3) uint8: each sampled frame, tiny
     digest: str = ""  # equal for equal sampled frames
-    embeddings: torch.Tensor | None = None  # (T', D), unit length, if an vision encoder was given
+    embeddings: torch.Tensor | None = None  # (T', D), unit length, if a vision encoder was given
 
 
 def inspect_clips(videos_dir, names, embed: Callable | None = None, num_frames: int = 16,

@@ -25,8 +25,8 @@ NOT_IN_CODE = {
     r"^\s*class \w": "a class: its home is tlv",
     r"os\.chdir": "os.chdir: paths start at tlv.ROOT",
     r"^\s*(import|from) (matplotlib|seaborn|subprocess)": "this import: use tlv.viz or tlv.launch",
-    r"\.cuda\(\)|[\"']cuda[\"']|torch\.cuda": "a fixed device: take it from a parameter, or use "
-                                            "torch.accelerator",
+    r"\.cuda\(\)|[\"']cuda[\"']|torch\.cuda": "a fixed device: take it from a parameter, through "
+                                            "tlv.devices.find_device",
     r"outputs/tiny": "outputs/tiny: the defaults are the smoke run, in outputs/scratch",
     r"\btime\.\w+\(|perf_counter|ru_maxrss": "a clock: what it reads differs from run to run; tlv "
                                           "measures, and a cell tagged `measured` shows it",

@@ -82,10 +82,10 @@ class Muon(torch.optim.Optimizer):
         return updates
 
 
-def new_optimizer(name: str, model, groups: list[dict], betas=(0.9, 0.999)):
+def new_optimizer(name: str, model, groups: list[dict]):
     """An optimizer of the parameter groups of `tlv.recipes.parameter_groups`, by its name."""
     if name == "adamw":
-        return torch.optim.AdamW(groups, betas=betas)
+        return torch.optim.AdamW(groups)
     if name != "muon":
         raise ValueError(f"optimizer {name!r} is unknown; known are {', '.join(OPTIMIZERS)}")
     inside = {id(p) for p in split_matrices(model)[0]}
@@ -100,7 +100,7 @@ def new_optimizer(name: str, model, groups: list[dict], betas=(0.9, 0.999)):
     if matrices:
         parts.append(Muon(matrices))
     if others:
-        parts.append(torch.optim.AdamW(others, betas=betas))
+        parts.append(torch.optim.AdamW(others))
     return OptimizerSet(parts)
 
 

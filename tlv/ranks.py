@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tlv.devices import find_device
+
 
 def free_port() -> int:
     """A port that nobody listens on at this moment."""
@@ -69,9 +71,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"), None)  # a process that belongs to no g
 
 def start_ranks(device: str, num_threads: int, seed: int) -> Ranks:
     """Join the process group, fix threads and seeds. device: "auto", "cpu" or "cuda"."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda' but this machine has no usable GPU; take 'auto' or 'cpu'")
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = find_device(device)
     os.environ["DS_ACCELERATOR"] = kind  # read when deepspeed is first imported
     import deepspeed
 

@@ -40,10 +40,10 @@ class Selector:
     weights and the frames read, so that nothing stale is ever found.
     """
 
-    def __init__(self, model, image_processor, tokenizer, cache_dir=CACHE_DIR):
+    def __init__(self, model, image_processor, tokenizer):
         self.model = model.eval().requires_grad_(False)
         self.image_processor, self.tokenizer = image_processor, tokenizer
-        self.cache_dir = cache_dir
+        self.cache_dir: Path | None = CACHE_DIR
         self._texts = lru_cache(1024)(self._embed_text)  # a training asks the same words again
 
     @property
@@ -124,15 +124,20 @@ class Selector:
             part.save_pretrained(folder)
 
 
-def load_selector(path, what: str = "selector_dir", dtype=torch.float32) -> Selector:
+def load_selector(path, what: str = "selector_dir") -> Selector:
     """The pair in a folder, such as openai/clip-vit-base-patch32 or the toy world's own.
 
     Raises ModelFolderError for a wrong folder, or a model that is no such pair.
     """
+    check_pair(path, what)
+    return Selector(load_pretrained(AutoModel, path, what),
+                    load_part(AutoImageProcessor, path, what, backend="pil"),
+                    load_part(AutoTokenizer, path, what))
+
+
+def check_pair(path, what: str) -> None:
+    """Refuse a folder whose model is no image-text pair."""
     kind = read_config(path, what).model_type
     if kind not in TEXT_INPUTS:
         raise ModelFolderError(f"{what} = {path}: a {kind!r} model; an image-text pair is wanted, "
                                f"one of {', '.join(TEXT_INPUTS)}")
-    model = load_pretrained(AutoModel, path, what, dtype)
-    return Selector(model, load_part(AutoImageProcessor, path, what, backend="pil"),
-                    load_part(AutoTokenizer, path, what))

@@ -114,9 +114,10 @@ def measure_retrieval(model, tokenizer, *, seed: int, num_images: int) -> dict:
     }
 
 
-def to_pixels(frames: np.ndarray, size: int = IMAGE_SIZE) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, size, size) in -1..1, as the SigLIP processor gives."""
-    small = [Image.fromarray(f).resize((size, size), Image.Resampling.BICUBIC) for f in frames]
+def to_pixels(frames: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> float (N, 3, IMAGE_SIZE, IMAGE_SIZE) in -1..1, as SigLIP reads."""
+    size = IMAGE_SIZE, IMAGE_SIZE
+    small = [Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in frames]
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -21,6 +21,7 @@ from tlv.chat import visual_of
 from tlv.config import ConfigError, load_json, resolve
 from tlv.manifest import check_question, check_sample
 from tlv.pretrained import ModelFolderError, check_weights, load_part, read_config
+from tlv.selector import check_pair
 from tlv.video import VideoError, sample_frames
 
 MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
@@ -46,8 +47,8 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     videos = resolve(card["videos_dir"])
     if not videos.is_dir():
         problems.append(Problem("videos_dir", f"{videos}: no such folder"))
-    for part in [name for name in FOLDERS if name in card]:
-        folder = resolve(card[part])
+    for part in FOLDERS:
+        folder = resolve(card.get(part, card["vision_dir"]))  # pair_dir may be left out
         if folder in broken:  # an encoder that is the pair too
             continue
         try:
@@ -79,6 +80,8 @@ def _check_folder(path: Path, part: str, loaders) -> None:
     """A model's folder is whole: config, every file of the weights, and what `loaders` load."""
     read_config(path, part)
     check_weights(path, part)
+    if part == "pair_dir":
+        check_pair(path, part)
     for file in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):  # reads what should be in it, and its length
