@@ -30,12 +30,13 @@ from transformers import (
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tlv import ROOT, chat, data, notebooks, smoke, viz
+from tlv import ROOT, chat, data, notebook_form, notebooks, smoke, viz
 from tlv.builders import load_model
 from tlv.card import read_card
 from tlv.config import ConfigError, load_json
 from tlv.files import write_json
 from tlv.manifest import load_samples
+from tlv.notebook_parameters import defaults_of
 from tlv.notebook_style import lint
 from tlv.pretrained import ModelFolderError
 from tlv.toy_data import make_world
@@ -218,8 +219,7 @@ def test_the_architecture_is_shown_on_the_first_sample_that_is_good_and_no_text(
     (5, {"batch_size": 0}, "batch_size = 0 must be > 0"),
 ])  # fmt: skip
 def test_a_wrong_parameter_is_named_where_a_notebook_is_set_up(number, given, message):
-    defaults = notebooks.parameters(notebooks.read(notebooks.FOLDER / f"{NAMES[number]}.ipynb"))
-    values = {name: default for name, (default, _) in defaults.items()} | given
+    values = defaults_of(notebooks.read(notebooks.FOLDER / f"{NAMES[number]}.ipynb")) | given
     with pytest.raises(ConfigError, match=message):
         exec(find_cell(NAMES[number], "torch.set_num_threads(num_threads)"), values)
 
@@ -246,7 +246,7 @@ def test_stored_figures_are_smaller_and_look_the_same():
     Image.fromarray(canvas).save(file, "PNG")
     output = new_output("display_data", {"image/png": b64encode(file.getvalue()).decode()})
     cell = new_code_cell("x", outputs=[output])
-    notebooks.shrink_figures(new_notebook(cells=[cell]))
+    notebook_form.shrink_figures(new_notebook(cells=[cell]))
     small = b64decode(cell.outputs[0].data["image/png"])
     assert len(small) < len(file.getvalue())
     again = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
@@ -288,7 +288,7 @@ def good_notebook():
     notebook = new_notebook(cells=cells)
     for count, cell in enumerate((c for c in cells if c.cell_type == "code"), 1):
         cell.execution_count = count
-    return notebooks.canonicalise(notebook, "00")
+    return notebook_form.canonicalise(notebook, "00")
 
 
 def problems_of(notebook, tmp_path) -> str:
@@ -321,7 +321,7 @@ def change_last(**values):
     (replace("## Two", "Two"), "2 lesson sections"),
     (replace("- build", "build"), "three bullets"),
     (replace("  # any", ""), "`seed = 0` lacks a comment"),
-    (replace("seed = 0", "seed = 1 + 2"), "`seed = 1 + 2` is no literal"),
+    (replace("seed = 0", "seed = 1 + 2"), "holds `seed = 1 + 2`; only `name = literal`"),
     (replace("seed = 0", "sed = 0"), "must hold `seed`"),
     (replace("outputs/scratch", "outputs/tiny"), "below outputs/scratch"),
     (replace("seed {seed}, ", ""), "## Setup prints no `{seed}`"),
@@ -365,13 +365,13 @@ def test_banner_table_is_filled_from_recorded_costs(tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "ROOT", tmp_path)
     costs.record_cost("tiny", "00_x", 125, 1536 * 1024)
     notebook = good_notebook()
-    notebooks.fill_banner(notebook, "00_x")
+    notebook_form.fill_banner(notebook, "00_x")
     text = notebook.cells[0].source
     assert text.startswith("# 00 · Title\nWhy?\n\n| run | device | wall time | peak memory |")
     assert "| tiny | " in text and "| 2.1 min | 1.5 GiB |" in text
     assert "| smoke | not yet measured |" in text and text.count("| run |") == 1
     assert problems_of(notebook, tmp_path) == ""
-    notebooks.drop_banner(notebook)  # in the executed copy of a stage
+    notebook_form.drop_banner(notebook)  # in the executed copy of a stage
     assert notebook.cells[0].source == "# 00 · Title\nWhy?"
 
 

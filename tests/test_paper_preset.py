@@ -25,6 +25,7 @@ from tlv.data import VideoTextDataset
 from tlv.designs import paper_config
 from tlv.launch import LaunchConfig, command, launch
 from tlv.manifest import load_samples
+from tlv.notebook_parameters import defaults_of
 from tlv.recipes import count_warmup_steps, learning_rate, set_trainable
 from tlv.runlog import read_log
 from tlv.stage import load_stage_params
@@ -41,7 +42,7 @@ def settings(name: str, preset: str = "paper") -> TrainConfig:
     """The TrainConfig that the notebook builds from the preset's YAML: its own lines, run here."""
     notebook = notebooks.read(notebooks.FOLDER / f"{name}.ipynb")
     values = load_stage_params(name, preset, notebook)
-    defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
+    defaults = defaults_of(notebook)
     world = ROOT / values["world_dir"]
     names = defaults | values | {
         "build": build, "TrainConfig": TrainConfig, "recipes": recipes, "ranks": ranks(preset),

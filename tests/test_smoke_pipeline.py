@@ -17,6 +17,7 @@ from tlv.builders import load_model
 from tlv.card import read_card
 from tlv.config import load_json
 from tlv.files import write_json
+from tlv.notebook_parameters import defaults_of
 from tlv.stage import SCALE
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def real(tmp_path_factory):
     params = {}
     for name in map(own_folder, NAMES + IMAGE):
         notebook = notebooks.read(folder / f"notebooks/{name.split('/')[-1]}.ipynb")
-        defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
+        defaults = defaults_of(notebook)
         scale = {key: defaults[key] for key in defaults if SCALE.search(key)}
         values = yaml.safe_load((folder / f"params/tiny/{name}.yaml").read_text()) or {}
         design = ("manifest_dir", "connector_type", "num_frames") if "/" in name else ()

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tlv import ROOT, code_copy, costs, notebooks, stage
+from tlv import ROOT, code_copy, costs, notebook_form, notebooks, stage
 from tlv.code_copy import code_only
-from tlv.notebooks import NotebookError
+from tlv.notebook_parameters import NotebookError, parameters
 
 PARAMETERS = """\
 seed = 0  # any whole number
@@ -27,7 +27,7 @@ def notebook(body="print(seed)", parameters=PARAMETERS):
     cells = [new_markdown_cell("# 00 · X"),
              new_code_cell(parameters, metadata={"tags": ["parameters"]}),
              new_code_cell(body)]  # fmt: skip
-    return new_notebook(cells=cells, metadata=notebooks.KERNEL)
+    return new_notebook(cells=cells, metadata=code_copy.KERNEL)
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def test_missing_files_and_cells_are_named(root, capsys):
     assert code_copy.main(["99_y"]) == 2
     assert "error: notebooks/99_y.ipynb: no such notebook" in capsys.readouterr().err
     with pytest.raises(NotebookError, match="0 cells are tagged"):
-        notebooks.parameters(new_notebook(cells=[new_code_cell("seed = 0")]))
+        parameters(new_notebook(cells=[new_code_cell("seed = 0")]))
     with pytest.raises(NotebookError, match="`width = 2 [*] 3`; only `name = literal`"):
-        notebooks.parameters(notebook(parameters="width = 2 * 3"))
+        parameters(notebook(parameters="width = 2 * 3"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("**/[0-9][0-9]_*.yaml")), ids=str)
@@ -135,7 +135,7 @@ def test_code_copy_ignores_prose_outputs_and_ids():
     busy.cells[-1].source += "  # changed"
     assert code_only(busy) != one
     copy = nbformat.reads(json.dumps(one), 4)  # which also looks whether it is a notebook
-    assert notebooks.parameters(copy) == notebooks.parameters(plain)
+    assert parameters(copy) == parameters(plain)
 
 
 def test_canonical_copy_forgets_time_chance_and_progress():
@@ -152,7 +152,7 @@ def test_canonical_copy_forgets_time_chance_and_progress():
             new_output("stream", name="stdout", text=text[cut:]),
             new_output("execute_result", data={"text/plain": "1"}, execution_count=7 + cut),
         ]
-        copies.append(nbformat.writes(notebooks.canonicalise(n, "00")))
+        copies.append(nbformat.writes(notebook_form.canonicalise(n, "00")))
     assert copies[0] == copies[1]
     result = nbformat.reads(copies[0], as_version=4)
     assert [c.id for c in result.cells] == ["00-01", "00-02", "00-03"]
@@ -242,6 +242,6 @@ def test_what_was_measured_is_left_out_of_the_executed_copy():
     figure = new_markdown_cell("![a](b.png)", metadata={"tags": ["measured"]})
     prose = new_markdown_cell("Look for: c.")
     notebook = new_notebook(cells=[cell(["measured"]), figure, prose, cell([])])
-    notebooks.drop_measured(notebook)
+    notebook_form.drop_measured(notebook)
     assert [c.cell_type for c in notebook.cells] == ["code", "markdown", "code"]
     assert [len(c.outputs) for c in notebook.cells if c.cell_type == "code"] == [0, 1]

@@ -11,6 +11,8 @@ import statistics
 from itertools import takewhile
 from pathlib import Path
 
+from tlv.notebook_parameters import NotebookError, read_parameters
+
 FIRST_SECTIONS = ["Goal", "Parameters", "Setup"]
 LAST_SECTIONS = ["Write the results", "What you should see", "Recap", "Exercises", "References"]
 MAX_PARAMETERS = {"02": 23, "03": 31, "04": 31, "05": 16, "06": 25}  # else 15
@@ -101,16 +103,16 @@ def _parameters(code, number) -> list[str]:
     tagged = [c for c in code if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1:
         return [f"{len(tagged)} cells are tagged `parameters`, must be one"]
-    found, values = [], {}
     source = tagged[0]["source"]
-    for line in ast.parse(source).body:
-        try:
-            target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
-            values[target.id] = ast.literal_eval(line.value)
-        except (AttributeError, ValueError):
-            found.append(f"parameters: `{ast.unparse(line)}` is no literal")
-        if "#" not in source.splitlines()[line.end_lineno - 1]:
-            found.append(f"parameters: `{ast.unparse(line)}` lacks a comment with its unit")
+    try:
+        values = {name: default for name, (default, _) in read_parameters(source, "").items()}
+    except NotebookError as error:
+        return [str(error).removeprefix(": ")]
+    found = [
+        f"parameters: `{ast.unparse(line)}` lacks a comment with its unit"
+        for line in ast.parse(source).body
+        if "#" not in source.splitlines()[line.end_lineno - 1]
+    ]
     limit = MAX_PARAMETERS.get(number, 15)
     if len(values) > limit:
         found.append(f"{len(values)} parameters, at most {limit}")

@@ -12,10 +12,15 @@ import resource
 import sys
 import time
 
-from tlv import ROOT, notebooks
+from tlv import ROOT, notebook_form, notebooks
 from tlv.config import ConfigError, load_params
 from tlv.costs import record_cost
-from tlv.notebooks import NotebookError
+from tlv.notebook_parameters import (
+    NotebookError,
+    check_parameters,
+    defaults_of,
+    parameters,
+)
 
 SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips)$")  # what makes a run a real one
 START_ATTEMPTS = 2  # a kernel now and then fails to start on a busy machine
@@ -32,8 +37,8 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
     if "out_dir" in values:
         raise NotebookError(f"{source}: remove `out_dir`; the stage sets outputs/{preset}/{name}")
     values["out_dir"] = f"outputs/{preset}/{name}"
-    notebooks.check_parameters(values, notebook, source, where)
-    for key, (default, _) in notebooks.parameters(notebook, where).items():
+    check_parameters(values, notebook, source, where)
+    for key, (default, _) in parameters(notebook, where).items():
         if SCALE.search(key) and default is not None and key not in values:
             raise NotebookError(
                 f"{source}: `{key}` is missing; its default {default} in {where} is the smoke run's"
@@ -51,8 +56,7 @@ def run(name: str, preset: str) -> None:
     values = load_stage_params(name, preset, notebook)
     out_dir = ROOT / values["out_dir"]
     out_dir.mkdir(parents=True, exist_ok=True)
-    defaults = {key: default for key, (default, _) in notebooks.parameters(notebook).items()}
-    num_threads = (defaults | values).get("num_threads", 1)
+    num_threads = (defaults_of(notebook) | values).get("num_threads", 1)
     # Progress bars stay, for who watches, but redraw every 5 s: in a log each is a line.
     os.environ.update(notebooks.environment(num_threads) | {"TQDM_MININTERVAL": "5"})
     target, start = out_dir / "run.ipynb", time.monotonic()
@@ -61,9 +65,9 @@ def run(name: str, preset: str) -> None:
         _execute(source, target, values)
     finally:
         if target.exists():
-            executed = notebooks.canonicalise(notebooks.read(target), name[:2])
-            notebooks.drop_banner(executed)
-            notebooks.drop_measured(executed)
+            executed = notebook_form.canonicalise(notebooks.read(target), name[:2])
+            notebook_form.drop_banner(executed)
+            notebook_form.drop_measured(executed)
             notebooks.write(target, executed)
     seconds = time.monotonic() - start
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
