@@ -24,7 +24,7 @@ from clone import (
     use_preset,
 )
 
-from tlv import ROOT, notebooks, pipeline
+from tlv import ROOT, code_copy, notebooks, pipeline
 from tlv.imports import modules_needed
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ def stand_in(name, stage) -> nbformat.NotebookNode:
         ),
         nbformat.v4.new_code_cell(f"outputs = {written}" + STAND_IN),
     ]
-    return nbformat.v4.new_notebook(cells=cells, metadata=notebooks.KERNEL)
+    return nbformat.v4.new_notebook(cells=cells, metadata=code_copy.KERNEL)
 
 
 @pytest.fixture(scope="module")

@@ -143,8 +143,10 @@ def test_the_notebooks_show_what_outputs_say(head, name):
     prints = re.compile(r"^(print|Markdown)\(committed", flags=re.M)
     (table,) = [cell for cell in cells if cell.cell_type == "code" and prints.search(cell.source)]
     (output,) = table.outputs
-    if table.source.startswith("Markdown"):
-        shown, there = eval(table.source, given), output.data["text/markdown"]
+    if prints.search(table.source)[1] == "Markdown":
+        before, name, call = table.source.partition("Markdown")
+        exec(before, given)
+        shown, there = eval(name + call, given), output.data["text/markdown"]
     else:
         with redirect_stdout(io.StringIO()) as printed:
             exec(table.source, given)
