@@ -152,6 +152,14 @@ def test_a_picture_beside_an_empty_video_is_the_samples_visual():
     assert visual_of({"video": None}) is None and visual_of({"image": None}) is None
 
 
+def test_a_sample_that_names_a_clip_and_a_picture_is_refused():
+    """One of them would be dropped without a word."""
+    sample = {"id": "s", "video": "x.mp4", "image": "x.jpg",
+              "conversations": write_conversation([("Q", "A")])}
+    with pytest.raises(ConversationError, match="'s' names a video and an image"):
+        parse_conversation(sample)
+
+
 def test_visuals_and_counts_must_agree(bytes_tokenizer):
     with pytest.raises(ConversationError, match="1 <video> .* num_video_tokens = None"):
         encode(TURNS, "qwen2_base", bytes_tokenizer)

@@ -1,11 +1,12 @@
 """Settings: what is refused, and whether the message says what would be right."""
 
 import dataclasses
+import json
 
 import pytest
 
 from tlv import ROOT
-from tlv.config import ConfigError, build, load_json, load_params
+from tlv.config import ConfigError, build, load_json, load_json_lines, load_params
 from tlv.launch import LaunchConfig
 from tlv.train_config import TrainConfig, as_dict
 
@@ -77,6 +78,17 @@ def test_a_json_file_that_cannot_be_read_is_named(make, message, tmp_path):
     make(tmp_path / "a.json")
     with pytest.raises(ConfigError, match=message):
         load_json(tmp_path / "a.json")
+
+
+def test_json_lines_end_at_line_feeds_alone(tmp_path):
+    path, rows = tmp_path / "a.jsonl", [{"said": "one\u2028two\x85three"}, {"said": ""}]
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert load_json_lines(path) == rows
+    path.write_text('{}\n{"a"')
+    with pytest.raises(ConfigError, match=r"a.jsonl, line 2: not valid JSON"):
+        load_json_lines(path)
+    with pytest.raises(ConfigError, match="b.jsonl: no such file"):
+        load_json_lines(tmp_path / "b.jsonl")
 
 
 def test_a_missing_file_is_named(tmp_path):

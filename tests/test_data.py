@@ -8,7 +8,7 @@ from tlv import processor as processor_module
 from tlv.bad_samples import BadSample
 from tlv.chat import IGNORE_INDEX
 from tlv.config import ConfigError
-from tlv.data import VideoTextDataset, collate, make_loader
+from tlv.data import VideoTextDataset, collate, make_loader, names_of
 from tlv.feature_cache import FeatureCache
 from tlv.manifest import load_samples
 
@@ -27,6 +27,12 @@ def make(world, tiny):
         return VideoTextDataset(samples, world, *tiny, **options)
 
     return build
+
+
+def test_samples_that_share_an_id_are_told_apart_by_their_place():
+    samples = [{"id": "a"}, {"id": "b"}, {"id": "a"}, {}, "x", {"id": 3}]
+    assert names_of(samples) == ["a #0", "b", "a #2", "#3", "#4", "3"]
+    assert names_of([{}]) == ["#0"]
 
 
 # ---- samples --------------------------------------------------------------------------------
@@ -83,7 +89,7 @@ def test_each_kind_of_bad_sample_is_named_with_its_reason(make, world):
     dataset = make([good | changes for changes in bad.values()] + ["no object"])
     for item, words in zip(dataset, [*bad, "no JSON object"], strict=True):
         assert isinstance(item, BadSample) and words in item.reason, (words, item)
-    assert dataset[0].id == "s0" and "missing.mp4" in dataset[0].reason
+    assert dataset[0].id == "s0 #0" and "missing.mp4" in dataset[0].reason
     assert str(world) not in dataset[0].reason  # the same text in every clone
 
 

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tlv import defects, filters, funnel, world
 from tlv.filters import ClipFacts
-from tlv.funnel import Funnel
+from tlv.funnel import Funnel, with_ids
 from tlv.mp4 import write_video
 
 
@@ -243,6 +243,18 @@ def test_funnel_counts_what_each_filter_leaves_and_refuses_a_repeated_id():
 def test_a_sample_that_no_filter_could_look_at_is_named(sample, message):
     with pytest.raises(ValueError, match=message):
         Funnel({"qa": [{"id": "a", "video": "1"}, sample]})
+
+
+def test_every_sample_gets_an_id_of_its_own_and_the_first_keeps_what_it_had():
+    pools = {"captions": [{"id": "a"}, {"id": "a", "video": "1"}],
+             "qa": [{"id": "a"}, {}, {"id": 7}]}  # fmt: skip
+    named, count = with_ids(pools)
+    assert [s["id"] for s in named["captions"]] == ["a", "captions#1"]
+    assert [s["id"] for s in named["qa"]] == ["qa#0", "qa#1", "qa#2"] and count == 4
+    assert named["captions"][1]["video"] == "1" and pools["qa"][1] == {}  # nothing else changes
+    assert with_ids(named) == (named, 0)
+    Funnel(named)
+    assert with_ids({"qa": ["x"]}) == ({"qa": ["x"]}, 0)  # what is no sample the funnel refuses
 
 
 def test_score_counts_own_kinds_and_lets_either_twin_stay():

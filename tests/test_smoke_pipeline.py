@@ -78,9 +78,9 @@ def test_the_connector_goes_through_all_notebooks(real):
     assert (config.connector_type, config.num_keyframes) == ("vilamp", 2)
 
 
-def test_filtering_and_training_again_give_the_same_bytes(real):
+def test_filtering_training_and_asking_again_give_the_same_bytes(real):
     lock = (real / "dvc.lock").read_text()
-    for name in ("01_data_filtering", "03_pretraining"):
+    for name in ("01_data_filtering", "03_pretraining", "04_sft", "05_evaluation"):
         assert repro(real, "--force", "--single-item", name) == [name]
     assert (real / "dvc.lock").read_text() == lock
 
@@ -94,6 +94,42 @@ def test_what_is_kept_does_not_depend_on_the_truth(real, tmp_path):
     for file in ("captions.json", "qa.json"):
         made = (real / "outputs/smoke/01_data_filtering" / file).read_bytes()
         assert (tmp_path / "01" / file).read_bytes() == made, file
+
+
+def test_annotations_with_other_ids_are_filtered_alike(real, tmp_path):
+    """As published ones have them: a clip's name for each of its samples, a number, or none."""
+    card = {k: str(v) for k, v in read_card(real / "outputs/smoke/00_toy_world/world").items()}
+    card |= {"truth": ""}
+    for pool in ("captions", "qa"):
+        samples = load_json(card[f"raw_{pool}"])
+        card[f"raw_{pool}"] = str(tmp_path / f"{pool}.json")
+        for number, sample in enumerate(samples):
+            sample["id"] = number if pool == "qa" else sample.get("video")
+        del samples[0]["id"]
+        write_json(card[f"raw_{pool}"], samples)
+    write_json(tmp_path / "world.json", card)
+    again(real, "01", tmp_path / "01", world_dir=str(tmp_path))
+    metrics = load_json(tmp_path / "01/metrics.json")
+    assert metrics["removed/readable"] > 0
+    for key, value in read(real, "01_data_filtering", "metrics.json").items():
+        assert metrics.get(key, value) == value, key
+
+
+@pytest.mark.parametrize("form", ["free", "choice"])
+def test_own_questions_may_lack_a_form_known_types_and_unseen_pairs(real, tmp_path, form):
+    card = {k: str(v) for k, v in read_card(real / "outputs/smoke/00_toy_world/world").items()}
+    questions = [q | {"unseen_pair": False, "type": f"what {q['type']}"}
+                 for q in load_json(card["test_questions"]) if q["form"] == form]
+    write_json(tmp_path / "questions.json", questions)
+    write_json(tmp_path / "world.json", card | {"test_questions": str(tmp_path / "questions.json")})
+    again(real, "05", tmp_path / "05", world_dir=str(tmp_path), num_clips=3,
+          model_dir=str(real / "outputs/smoke/04_sft"))
+    metrics = load_json(tmp_path / "05/metrics.json")
+    assert f"accuracy/{form}" in metrics and "accuracy/type/what colour" in metrics
+    lacking = "choice" if form == "free" else "free"
+    assert not {f"accuracy/{lacking}", "accuracy/unseen_pairs"} & set(metrics)
+    figures = {path.stem for path in (tmp_path / "05/figures").iterdir()}
+    assert ("confusion_weakest" in figures) == (form == "free")
 
 
 def test_the_recipe_share_pretrains_twice(real, tmp_path):

@@ -334,6 +334,17 @@ def test_evaluation_asks_each_question_with_its_query(long_model, path):
     assert "the text encoder reads 16" in found[4].error and found[4].text == ""
 
 
+def test_a_clip_beyond_the_context_costs_its_own_questions_alone(long_model, path, monkeypatch):
+    def refuse(*_):
+        raise BudgetError("300 frames are too many")
+
+    head = {"video": path.name, "form": "free", "answer": "", "options": [], "question": "Where?"}
+    monkeypatch.setattr(long_video, "check_budget", refuse)
+    beyond, blind = generate_answers(*long_model, [head, {**head, "video": None}], path.parent,
+                                     max_new_tokens=2)
+    assert (beyond.text, beyond.error) == ("", "300 frames are too many") and blind.error == ""
+
+
 def test_a_clip_all_of_whose_queries_are_refused_is_passed_over(long_model, path):
     head = {"video": path.name, "form": "free", "answer": "", "options": []}
     rows = [{**head, "question": "Where is the man who is running in the park? " * 3}]

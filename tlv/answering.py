@@ -64,9 +64,9 @@ def generate_answers(model, processor, questions: list[dict], videos_dir, *, bat
     thread each share the batches where `num_processes` says so: for a small model on a CPU.
 
     A model that chooses frames by the question takes a question's `query`, or else its first line,
-    and one clip at a time; then a query that the selector refuses gives an Answer with its error,
-    and neither `timeout_s`, `frames_of` nor `num_processes` applies. Raises BudgetError for a clip
-    beyond the LLM's context.
+    and one clip at a time; then a query that the selector refuses, or a clip beyond the LLM's
+    context, gives an Answer with its error, and neither `timeout_s`, `frames_of` nor
+    `num_processes` applies.
     """
     is_training = model.training
     model.eval()
@@ -134,8 +134,9 @@ def _answer_long(model, processor, questions, videos_dir, batch_size, max_new_to
         try:
             said = long_video.generate(model, processor, Path(videos_dir) / name, asked,
                                        max_new_tokens)
-        except VideoError as error:
-            found |= {i: Answer("", error=str(error.reason)) for i in its}
+        except (VideoError, long_video.BudgetError) as error:
+            reason = error.reason if isinstance(error, VideoError) else str(error)
+            found |= {i: Answer("", error=reason) for i in its}
             continue
         for i, one in zip(its, said, strict=True):
             tokens, log_probs = torch.tensor(one.tokens), torch.tensor(one.log_probs)

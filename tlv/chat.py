@@ -53,6 +53,9 @@ def parse_conversation(sample: dict) -> list[tuple[str, str]]:
     texts = [_read_turn(name, index, values[index], index - first) for index in kept]
     turns = list(zip(texts[::2], texts[1::2], strict=True))
     num_visuals = sum(PLACEHOLDER.search(text) is not None for text in texts)
+    if sample.get("video") and sample.get("image"):
+        raise ConversationError(f"sample {name!r} names a video and an image; a sample shows one "
+                                "of them: make two samples of it")
     wanted = 1 if visual_of(sample) else 0
     if num_visuals != wanted:
         raise ConversationError(f"sample {name!r}: {num_visuals} turns with a placeholder (<video> "

@@ -99,13 +99,36 @@ def load_params(path) -> dict:
 
 def load_json(path):
     """Read a JSON file. Raises ConfigError with the path."""
+    text = _read(path)
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+
+
+def load_json_lines(path) -> list:
+    """Read a file of one JSON value a line; empty lines do not count. Raises ConfigError.
+
+    Only a line feed ends a line: JSON may hold U+2028 and its like as they are, and
+    `str.splitlines` would cut there.
+    """
+    values = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        try:
+            values += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not valid JSON: {error}") from error
+    return values
+
+
+def _read(path) -> str:
+    try:
+        return Path(path).read_text()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except OSError as error:  # a folder, say
         raise ConfigError(f"{path}: not readable: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
 
 

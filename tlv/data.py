@@ -6,6 +6,7 @@ So is, though used, one of which a turn is left out, that quotes its template, o
 model cuts, as it was trained to. Taught in notebooks 03 and 04.
 """
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class VideoTextDataset(Dataset):
         if not Path(videos_dir).is_dir():
             raise ConfigError(f"videos_dir = {videos_dir}: no such folder")
         self.samples, self.videos_dir, self.cache = samples, Path(videos_dir), cache
+        self.names = names_of(samples)
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.config, self.turns, self.timeout_s = model.config, turns, timeout_s
         self.gap_seed = gap_seed
@@ -67,10 +69,9 @@ class VideoTextDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict | BadSample:
-        sample = self.samples[index]
+        sample, name = self.samples[index], self.names[index]
         if not isinstance(sample, dict):
-            return BadSample(f"#{index}", f"{sample!r:.80} is no JSON object")
-        name = str(sample.get("id", f"#{index}"))
+            return BadSample(name, f"{sample!r:.80} is no JSON object")
         try:
             turns, notes = parse_conversation(sample), odd_turns(sample)
             if is_quoted(turns, self.template):
@@ -176,6 +177,14 @@ class VideoTextDataset(Dataset):
             keys = {"keyframes": torch.tensor([0]), "query": torch.zeros(self.config.query_width)}
         return {"id": "", "clip": clip, "notes": [], **keys,
                 "rows": [{**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}]}
+
+
+def names_of(samples) -> list[str]:
+    """What to call each sample: its id, with its place where the id is another's too."""
+    ids = [str(s["id"]) if isinstance(s, dict) and "id" in s else "" for s in samples]
+    count = Counter(ids)
+    return [name if name and count[name] == 1 else f"{name} #{index}".strip()
+            for index, name in enumerate(ids)]
 
 
 class BadRow(ValueError):

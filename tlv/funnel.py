@@ -22,6 +22,28 @@ CATCHES = {
 }
 
 
+def with_ids(pools: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], int]:
+    """The pools with an id of its own for every sample, and how many got one.
+
+    Published annotations repeat ids, write numbers, or have none. The first sample of an id keeps
+    it; any other is named by its place, `pool#number`.
+    """
+    named, known, count = {}, set(), 0
+    for pool, samples in pools.items():
+        named[pool] = []
+        for number, sample in enumerate(samples):
+            has_own = _has_id(sample) and sample["id"] not in known
+            if isinstance(sample, dict) and not has_own:
+                sample, count = {**sample, "id": f"{pool}#{number}"}, count + 1
+            known |= {sample["id"]} if _has_id(sample) else set()
+            named[pool].append(sample)
+    return named, count
+
+
+def _has_id(sample) -> bool:
+    return isinstance(sample, dict) and isinstance(sample.get("id"), str)
+
+
 class Funnel:
     """A pool of samples that goes through filters one after the other.
 

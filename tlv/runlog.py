@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tlv.config import ConfigError
+from tlv.config import ConfigError, load_json_lines
 from tlv.files import write_text
 
 
 def read_log(path) -> list[dict]:
     """The rows of a log.jsonl."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return load_json_lines(path)
 
 
 SAID = "tlv.train stopped: "  # in front of every line of what stopped a rank
