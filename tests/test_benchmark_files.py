@@ -296,8 +296,53 @@ def test_a_clip_that_is_not_there_is_told(tmp_path, model_dir, capsys):
     assert main(call) == 0
     assert "1 questions could not be asked, their answers are empty" in capsys.readouterr().err
     assert json.loads((tmp_path / "out/metrics.json").read_text())["num_errors"] == 1
-    assert main([*call, "--limit", "0"]) == 2
-    assert "no questions to ask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option, value", [("--limit", "0"), ("--limit", "-1"),
+                                           ("--batch-size", "0"), ("--max-new-tokens", "no")])
+def test_a_count_below_one_is_refused(option, value, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["mlvu", str(tmp_path), "--model", "x", option, value])
+    assert f"argument {option}: {value!r} must be a whole number from 1 on" in (
+        capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("mme", lambda f: (f / "llava_mme.jsonl").write_text(
+        (f / "llava_mme.jsonl").read_text().split("\n")[0]), "has 1 questions; each has two"),
+    ("vqa_v2", lambda f: (f / "llava_vqav2_mscoco_test2015.jsonl").unlink(),
+     "llava_vqav2_mscoco_test2015.jsonl: no such file"),
+    ("mlvu", lambda f: put(f / "json/3_ego.json", [
+        {"video": "a", "question": "?", "candidates": None, "answer": "y"}]),
+     "a row is not as the published files of mlvu have it: TypeError"),
+])  # fmt: skip
+def test_what_cannot_be_scored_is_told_before_anything_is_asked(name, change, message, tmp_path,
+                                                                model_dir, monkeypatch, capsys):
+    MAKERS[name](tmp_path)
+    change(tmp_path)
+    monkeypatch.setattr(run, "answer", None)
+    assert main([name, str(tmp_path), "--model", str(model_dir), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_long_video_that_is_broken_costs_its_own_answer_alone(tmp_path, tiny):
+    make_longvideobench(tmp_path)
+    benchmark = run.find("longvideobench")
+    (tmp_path / benchmark.read(tmp_path, four)[0].media).write_bytes(b"torn")
+    questions = benchmark.read(tmp_path, four)
+    assert "[image]" not in questions[0].prompt
+    answers = run.answer(*tiny, questions, tmp_path, max_new_tokens=1)
+    assert "not a readable video" in answers[0].error
+
+
+def test_frames_are_chosen_by_the_question_not_by_what_stands_before_it(tmp_path, monkeypatch):
+    make_longvideobench(tmp_path)
+    asked = []
+    monkeypatch.setattr(run.answering, "generate_answers",
+                        lambda model, processor, rows, *_, **options: asked.extend(rows))
+    model = SimpleNamespace(selector=None)
+    run.answer(None, model, run.find("longvideobench").read(tmp_path, four), tmp_path)
+    assert asked[0]["question"].startswith("subtitles:") and asked[0]["query"] == "What?"
 
 
 def test_answers_are_of_the_frames_named(tmp_path, tiny, monkeypatch):
@@ -357,6 +402,8 @@ def test_questions_for_notebook_05(tmp_path, capsys):
     target = tmp_path / "test_questions.json"
     assert main(["video_mme", str(tmp_path), "--questions", str(target)]) == 0
     first = json.loads(target.read_text())[0]
+    assert main(["video_mme", str(tmp_path), "--questions", str(target), "--limit", "1"]) == 0
+    assert json.loads(target.read_text()) == [first]
     assert first == {
         "id": "1-0", "video": "data/abc.mp4", "type": "short", "form": "choice", "answer": "B",
         "question": f"Who?\nA. Mr. Smith\nB. A cat.\n{LETTER}", "options": ["Mr. Smith", "A cat."],

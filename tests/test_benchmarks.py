@@ -120,6 +120,11 @@ def test_letters_by_the_published_rule(text, wanted):
     assert parse_letter(text, OPTIONS) == wanted
 
 
+def test_an_option_without_words_is_in_no_answer():
+    assert parse_letter("it is a red cat or so", ["a red cat", ""], first_letter=False) == "A"
+    assert parse_letter("it is none of them at all", ["a red cat", " "], first_letter=False) is None
+
+
 @pytest.mark.parametrize(
     "text, wanted, strict",
     [("Answer: B", "B", "B"), ("B. a blue boat", None, "B"), ("Cannot tell", None, None),
@@ -308,7 +313,8 @@ def test_mmmu_scores_both_kinds():
 @pytest.mark.parametrize(
     "said, value",
     [("0.5", 0.5), (1, 1.0), ("0.0 | because", 0.0), ("1.0\n", 1.0), ("1.5", None), ("good", None),
-     ("", None), ("10", None)],
+     ("", None), ("10", None), ("1/10", None), ("1 out of 10", None), ("0.8. good", 0.8),
+     (1e-05, 1e-05), ("1e-05", None), ("0.85/1", None), (7, None), ("1.5.2", None)],
 )  # fmt: skip
 def test_scores_of_a_judge(said, value):
     assert mm_vet.parse_score(said) == value

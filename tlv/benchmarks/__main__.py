@@ -1,6 +1,6 @@
 """Ask a model all questions of a benchmark: `python -m tlv.benchmarks NAME FOLDER --model DIR`.
 
-Writes OUT/answers.jsonl, a line for each question in the form of LLaVA's scripts, and
+Writes OUT/answers.jsonl, a line for each question in the form of LLaVA's scripts (ids as text), and
 OUT/metrics.json; where others score, OUT/upload.json, and `--judged FILE` brings back what a judge
 said. `--questions FILE` asks nothing and writes multiple choice about clips as notebook 05 reads
 it. Which files FOLDER holds says each module, and data/README.md. Taught in notebook 05.
@@ -28,9 +28,8 @@ def ask_all(options) -> dict[str, float]:
     """Answer, write and score; the scores, empty where others give them."""
     benchmark, out = run.find(options.name), Path(options.out)
     model, processor = load_model(options.model, getattr(torch, options.dtype), what="--model")
-    questions = benchmark.read(options.folder, frames_of(processor))[: options.limit]
-    if not questions:
-        raise BenchmarkError(f"{options.folder}: no questions to ask")
+    questions = read_questions(benchmark, options, frames_of(processor))
+    results(benchmark, options, questions, [""] * len(questions))  # says now what cannot be scored
     num_tokens = options.max_new_tokens or benchmark.MAX_NEW_TOKENS
     answers = run.answer(model.to(options.device), processor.to(options.device), questions,
                          options.folder, batch_size=options.batch_size,
@@ -44,17 +43,38 @@ def ask_all(options) -> dict[str, float]:
     ]  # fmt: skip
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text(out / "answers.jsonl", text)
-    if hasattr(benchmark, "upload"):
-        write_json(out / "upload.json", benchmark.upload(options.folder, questions, texts))
+    upload, scores = results(benchmark, options, questions, texts)
+    if upload is not None:
+        write_json(out / "upload.json", upload)
     if num_unseen := sum(bool(one.error) for one in answers):
         print(f"tlv.benchmarks: {num_unseen} questions could not be asked, their answers are "
               f"empty; {out}/answers.jsonl says why", file=sys.stderr)  # fmt: skip
-    if not hasattr(benchmark, "score"):
-        return {}
-    scores = benchmark.score(questions, texts)
-    counts = {"num_questions": len(questions), "num_errors": num_unseen}
-    write_json(out / "metrics.json", counts | scores)
+    if scores:
+        counts = {"num_questions": len(questions), "num_errors": num_unseen}
+        write_json(out / "metrics.json", counts | scores)
     return scores
+
+
+def read_questions(benchmark, options, *num_frames) -> list:
+    """The first `--limit` questions. Raises BenchmarkError for files of another form."""
+    try:
+        questions = benchmark.read(options.folder, *num_frames)[: options.limit]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BenchmarkError(f"{options.folder}: a row is not as the published files of "
+                             f"{options.name} have it: {type(error).__name__}: {error}") from error
+    if not questions:
+        raise BenchmarkError(f"{options.folder}: no questions to ask")
+    return questions
+
+
+def results(benchmark, options, questions, texts) -> tuple:
+    """What another is sent, or None, and the scores, or {}."""
+    upload, scores = None, {}
+    if hasattr(benchmark, "upload"):
+        upload = benchmark.upload(options.folder, questions, texts)
+    if hasattr(benchmark, "score"):
+        scores = benchmark.score(questions, texts)
+    return upload, scores
 
 
 def score_judged(options) -> dict[str, float]:
@@ -62,10 +82,17 @@ def score_judged(options) -> dict[str, float]:
     benchmark = run.find(options.name)
     if not hasattr(benchmark, "score_judged"):
         raise ValueError(f"{options.name} has no judge; leave --judged out")
-    questions = benchmark.read(options.folder)
+    questions = read_questions(benchmark, options)
     scores = benchmark.score_judged(questions, options.judged)
     write_json(Path(options.out) / "metrics.json", {"num_questions": len(questions), **scores})
     return scores
+
+
+def to_count(text: str) -> int:
+    """A command line's count, from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
 
 
 def main(arguments=None) -> int:
@@ -83,14 +110,15 @@ def main(arguments=None) -> int:
     parser.add_argument("--out", metavar="DIR", help="default: outputs/scratch/benchmarks/NAME")
     parser.add_argument("--device", type=to_device, default="auto", help="auto, cpu, cuda ...")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="published: 1")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: as published")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions alone")
+    parser.add_argument("--batch-size", type=to_count, default=1, metavar="N", help="published: 1")
+    parser.add_argument("--max-new-tokens", type=to_count, metavar="N",
+                        help="default: as published")
+    parser.add_argument("--limit", type=to_count, metavar="N", help="the first N questions alone")
     options = parser.parse_args(arguments)
     options.out = options.out or f"outputs/scratch/benchmarks/{options.name}"
     try:
         if options.questions:
-            questions = run.find(options.name).read(options.folder)
+            questions = read_questions(run.find(options.name), options)
             clips = options.videos_dir or options.folder
             write_json(options.questions, run.as_test_questions(questions, options.folder, clips))
             print(f"{len(questions)} questions: {options.questions}")

@@ -21,7 +21,7 @@ def read_task(path, media: str, rule_of=lambda row: None, more_keys=()) -> list[
             prompt=ask_letter(row["question"], row["candidates"]),
             media=f"{media}/{row['video']}",
             answer=LETTERS[row["candidates"].index(row["answer"])],
-            options=tuple(row["candidates"]),
+            options=tuple(map(str, row["candidates"])),
             group=path.stem,
             frames=rule_of(row),
         ))  # fmt: skip

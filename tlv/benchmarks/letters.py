@@ -29,7 +29,8 @@ def parse_letter(text: str, options, first_letter: bool = True, strict: bool = F
     shapes = ["({})", " {} "] + ["{}."] * strict
     forms = [(text, {letter: shape.format(letter) for letter in letters}) for shape in shapes]
     if len(text.split()) > 5:
-        words = dict(zip(letters, (option.lower() for option in options), strict=True))
+        words = {letter: option.lower() for letter, option in zip(letters, options, strict=True)
+                 if option.strip()}
         forms.append((text.lower(), words))
     for where, form in forms:
         found = {letter: where.rfind(words) for letter, words in form.items()}

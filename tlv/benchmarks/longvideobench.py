@@ -10,7 +10,7 @@ from pathlib import Path
 from tlv.benchmarks.letters import LETTERS, ask_letter, score_letters
 from tlv.benchmarks.question import Question, read_rows
 from tlv.benchmarks.sampling import left_steps, sixteen
-from tlv.video import probe
+from tlv.video import VideoError, probe
 
 MAX_NEW_TOKENS = 1024
 KEYS = ("id", "video_path", "question", "candidates", "correct_choice", "duration",
@@ -26,14 +26,17 @@ def _question(folder, row, num_frames) -> Question:
         return left_steps(row["duration"], fps, num_frames(num_total, fps))
 
     media = f"videos/{row['video_path']}"
-    info = probe(folder / media)
-    times = rule(info.num_frames, info.fps) / info.fps  # (T,)
+    try:
+        info = probe(folder / media)
+        times = rule(info.num_frames, info.fps) / info.fps  # (T,)
+    except VideoError:  # of which the answer will say why it is none
+        times = []
     subtitles = read_rows(folder / "subtitles" / row["subtitle_path"])
     told = interleave(times, subtitles, row["starting_timestamp_for_subtitles"], row["duration"])
     asked = ask_letter(f"question: \n{row['question']}", row["candidates"], "{}. {}")
     return Question(row["id"], f"subtitles:{''.join(told)}\n{asked}", media,
                     LETTERS[row["correct_choice"]], tuple(row["candidates"]),
-                    str(row.get("duration_group", "")), rule)  # fmt: skip
+                    str(row.get("duration_group", "")), rule, query=row["question"])  # fmt: skip
 
 
 def interleave(times, subtitles, offset: float, duration: float) -> list[str]:

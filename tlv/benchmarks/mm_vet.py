@@ -36,7 +36,9 @@ def upload(folder: Path, questions, answers) -> dict[str, str]:
 
 def parse_score(said) -> float | None:
     """The judge's score: a number from 0 to 1, alone or first in a text; None for anything else."""
-    found = re.match(r"\s*([01](?:\.\d+)?)(?![\d.])", str(said))
+    if isinstance(said, int | float):
+        return float(said) if 0 <= said <= 1 else None
+    found = re.match(r"\s*([01](?:\.\d+)?)(?!\.?\d|e|\s*(?:/|of\b|out of\b))", str(said))
     return float(found[1]) if found and float(found[1]) <= 1 else None
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from tlv.config import load_json_lines
+
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -23,7 +25,8 @@ class Question:
     the benchmark's folder, None for text alone. `answer` is the truth in the benchmark's own form,
     None where a server or a judge alone knows it. `frames` chooses frame numbers from a clip's
     number of frames and its frame rate, None: as the model samples; `each_once`: but no frame of a
-    short clip twice.
+    short clip twice. `query` is what a model that chooses frames compares them with, "": the
+    prompt's first line.
     """
 
     id: str
@@ -34,6 +37,7 @@ class Question:
     group: str = ""  # task, category or length
     frames: Callable | None = None
     each_once: bool = False
+    query: str = ""
 
 
 def read_rows(path: Path, keys=(), lines: bool = False) -> list[dict]:
@@ -45,7 +49,7 @@ def read_rows(path: Path, keys=(), lines: bool = False) -> list[dict]:
         raise BenchmarkError(f"{path}: no such file; the folder tree stands in data/README.md")
     try:
         if lines or path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            rows = load_json_lines(path)
         elif path.suffix == ".json":
             rows = json.loads(path.read_text())
         else:

@@ -68,7 +68,7 @@ def answer(model, processor, questions: list[Question], folder, *, batch_size: i
         return read_chosen(folder / rules[name].media, rules[name].frames)
 
     asked = [
-        {"video": place(number, question), "question": question.prompt}
+        {"video": place(number, question), "question": question.prompt, "query": question.query}
         for number, question in enumerate(questions)
     ]
     return answering.generate_answers(model, processor, asked, folder, batch_size=batch_size,
