@@ -48,7 +48,7 @@ report: venv ## fill the README's tables from outputs/
 
 remote: venv ## make DIR=/some/folder the place for dvc push and dvc pull, on this machine only
 	@test -n "$(DIR)" || { echo "say where: make remote DIR=/some/folder"; exit 2; }
-	dvc remote add --local --default --force store "$(abspath $(DIR))"
+	dvc remote add --local --default --force store "$$(realpath -m "$(DIR)")"
 
 lint: venv ## check the code's style
 	ruff check .

@@ -22,7 +22,7 @@ from tlv.runlog import RunLog
 from tlv.train import train
 from tlv.train_config import TrainConfig
 
-MAX_POINT = 50  # a run of four steps that saves at each makes about 60 watched calls
+MAX_POINT = 62  # a run of four steps that saves at each makes about 60 watched calls
 WATCHED = [(os, "replace"), (os, "fsync"), (torch, "save"), (checkpoint.shutil, "rmtree"),
            (files, "write_text"), (RunLog, "add")]
 

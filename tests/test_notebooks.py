@@ -399,3 +399,10 @@ def test_refresh_stores_outputs_and_is_stable(tmp_path, monkeypatch):
     assert "image/png" in shown and len(versions[0][-6]["outputs"]) == 1
     (cost,) = costs.read_costs("smoke")["00_x"].values()
     assert cost["peak_mib"] > 50
+
+
+@pytest.mark.parametrize("action", ["lint", "refresh"])
+def test_an_unknown_notebook_is_refused_with_the_known_ones(action, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        notebooks.main([action, "02_architecture", "09_x"])
+    assert "no notebook '09_x'; there are 00_toy_world" in capsys.readouterr().err

@@ -132,6 +132,8 @@ def test_every_committed_cost_has_a_machine_and_a_date(head):
         for stage, found in costs.read_costs(preset).items():
             assert found and all({"wall_s", "peak_mib", "date"} == set(cost)
                                  for cost in found.values()), (preset, stage)  # fmt: skip
+            peaks = [cost["peak_mib"] for cost in found.values()]
+            assert max(peaks) <= 4096, (preset, stage, "the goal is 4 GiB")
 
 
 @pytest.mark.parametrize("name", notebooks.names())
@@ -159,6 +161,8 @@ def test_the_committed_world_and_model_reach_their_goals(head):
     asked = {key: n for key, n in world.items() if key.startswith("num_test_questions/")}
     assert world["num_test_clips"] >= 300 and len(asked) == 8
     assert min(asked.values()) >= 2 * 150  # each question counts twice: once in each form
+    assert world["single_frame/direction"] <= 0.35  # of four; chance is 0.25
+    assert world["single_frame/order_any_time"] <= 0.6  # of two; chance is 0.5
     filters = report.metrics_of("tiny", "01_data_filtering")
     assert min(filters[f"{what}/overall"] for what in ("precision", "recall")) >= 0.9
     found = report.metrics_of("tiny", "05_evaluation")

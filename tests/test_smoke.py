@@ -1,29 +1,13 @@
 """Smoke inputs are what the notebooks' defaults make, and are made in scratch only."""
 
-import ast
 import json
 
-import nbformat
 import pytest
 
-from tlv import ROOT, smoke
+from tlv import ROOT, notebooks, smoke
 from tlv.builders import load_model
 from tlv.card import read_card
-
-
-def defaults(name: str) -> dict:
-    """The literals of a notebook's parameters cell."""
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
-    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    return {
-        line.target.id: ast.literal_eval(line.value)
-        for line in ast.parse(cell.source).body
-        if isinstance(line, ast.AnnAssign)
-    } | {
-        line.targets[0].id: ast.literal_eval(line.value)
-        for line in ast.parse(cell.source).body
-        if isinstance(line, ast.Assign)
-    }
+from tlv.notebook_parameters import defaults_of
 
 
 @pytest.mark.parametrize(
@@ -34,7 +18,7 @@ def defaults(name: str) -> dict:
     ],
 )
 def test_what_is_made_on_the_spot_is_what_the_notebook_makes(name, made_with):
-    found = defaults(name)
+    found = defaults_of(notebooks.read(ROOT / "notebooks" / f"{name}.ipynb"))
     assert {key: found[key] for key in made_with} == made_with
 
 
@@ -75,6 +59,18 @@ def test_whichever_notebook_is_opened_first_makes_what_it_needs_and_says_so(
         assert 0 < len(kept) < len(raw) and kept == [s for s in raw if s["id"] not in defects]
     assert smoke.checkpoint("outputs/scratch/04_sft") == folder  # now it is there
     assert capsys.readouterr().out == ""
+
+
+def test_of_two_that_make_the_same_the_first_ones_stays(tmp_path):
+    def make(draft):
+        (draft / "model").mkdir()
+        (draft / "model/config.json").write_text("second")
+        (tmp_path / "02/model").mkdir(parents=True)  # meanwhile, another process
+        (tmp_path / "02/model/config.json").write_text("first")
+
+    smoke._make_whole(tmp_path / "02", "model/config.json", make)
+    assert (tmp_path / "02/model/config.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["02"]
 
 
 def test_a_world_that_is_there_is_not_made_again(tmp_path, monkeypatch, capsys):

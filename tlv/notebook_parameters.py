@@ -3,7 +3,10 @@
 import ast
 import re
 
-COUNT = re.compile(r"^num_|_steps$|_size$|_layers$|^width$")  # parameters that are never negative
+COUNT = re.compile(r"^num_|_steps$|_size$|_layers$|^width$|^seed$")  # parameters never below 0
+SIZE = re.compile(r"^num_(threads|processes|frames|queries|groups|keyframes|trials|samples)$|"
+                  r"^(num_)?resampler_|^max_(new_tokens|seq_len|frames)$|^timeout_s$|^fps$|"
+                  r"batch_size$|accum_steps$")  # and those that are not 0 either
 
 
 class NotebookError(ValueError):
@@ -59,12 +62,24 @@ def check_parameters(values: dict, notebook, source: str, where: str) -> None:
                 f"{source}: unknown parameter `{name}`; {where} has {', '.join(known)}"
             )
         default, types = known[name]
-        if type(value) in types:
-            if COUNT.search(name) and type(value) is int and value < 0:
-                raise NotebookError(f"{source}: `{name}: {value}` must be at least 0")
-            continue
-        wanted = " or ".join(t.__name__ for t in types)
-        raise NotebookError(
-            f"{source}: `{name}: {value!r}` is {type(value).__name__}, must be {wanted} "
-            f"(the default is {default!r})"
-        )
+        if type(value) not in types:
+            wanted = " or ".join(t.__name__ for t in types)
+            raise NotebookError(
+                f"{source}: `{name}: {value!r}` is {type(value).__name__}, must be {wanted} "
+                f"(the default is {default!r})"
+            )
+        if wanted := _misfit(name, value, default):
+            raise NotebookError(f"{source}: `{name}: {value!r}` must {wanted}")
+
+
+def _misfit(name: str, value, default) -> str:
+    """What a value of the right type must do and does not, "" if nothing."""
+    if type(value) in (int, float):
+        if SIZE.search(name) and value <= 0:
+            return "be more than 0"
+        return "be at least 0" if COUNT.search(name) and value < 0 else ""
+    if type(value) is list and default:
+        types = {type(one) for one in default} | ({int} if float in map(type, default) else set())
+        if not value or {type(one) for one in value} - types:
+            return f"be a list as {default!r} is"
+    return ""

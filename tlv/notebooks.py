@@ -102,6 +102,8 @@ def main(arguments=None) -> int:
     parser.add_argument("action", choices=["refresh", "lint"])
     parser.add_argument("names", nargs="*", help="such as 02_architecture; none: all of them")
     options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(names()):
+        parser.error(f"no notebook {min(unknown)!r}; there are {', '.join(names())}")
     chosen = options.names or names()
     if options.action == "refresh" and len(chosen) == 1:
         refresh(chosen[0])

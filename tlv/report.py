@@ -77,8 +77,11 @@ def result_table(preset: str) -> str:
     if not metrics:
         return f"No evaluated run of the preset `{preset}` yet."
     rows = ["| questions | accuracy | 95% interval |", "|---|---|---|"]
-    rows += [f"| {label} | {_with_interval(metrics, key)} |" for label, key in PARTS]
-    for label, key in PARTS if pictures else ():
+    rows += [f"| {label} | {_with_interval(metrics, key)} |" for label, key in PARTS
+             if key in metrics]  # own questions may lack a form
+    for label, key in PARTS:
+        if key not in pictures:
+            continue
         rows.append(f"| image model on pictures: {label} | {_with_interval(pictures, key)} |")
     rows += ["", "| type | free-form | best baseline | multiple choice | best baseline | "
              "image model, both forms |", "|---|---|---|---|---|---|"]  # fmt: skip
@@ -86,8 +89,9 @@ def result_table(preset: str) -> str:
     for kind in sorted(kinds):
         cells = [kind]
         for form in FORMS:
+            asked = f"{BASELINE}{kind}/{form}" in metrics
             cells += [_interval_behind(metrics, f"accuracy/type/{kind}/{form}"),
-                      f"{metrics[f'{BASELINE}{kind}/{form}']:.1%}"]  # fmt: skip
+                      f"{metrics[f'{BASELINE}{kind}/{form}']:.1%}"] if asked else ["", ""]
         other = f"other/type/{kind}"
         cells.append(_interval_behind(metrics, other) if other in metrics else "")
         rows.append(f"| {' | '.join(cells)} |")

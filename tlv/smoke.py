@@ -8,6 +8,7 @@ Taught in notebook 00.
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from tlv import ROOT
@@ -59,16 +60,20 @@ def _find_or_make(folder, sign: str, what: str, make) -> Path:
 
 
 def _make_whole(folder: Path, sign: str, make) -> None:
-    """Beside its place first, and `sign` last: what was broken off is made again."""
-    draft = folder.with_name(f"{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    make(draft)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in sorted(draft.iterdir(), key=lambda part: part.name == Path(sign).parts[0]):
-        if (folder / part.name).is_dir():
-            shutil.rmtree(folder / part.name)
-        part.replace(folder / part.name)
-    draft.rmdir()
+    """Beside its place first, and `sign` last: what was broken off is made again.
+
+    Two notebooks may be at it at once: each makes its own, and the first one's stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as draft:
+        make(Path(draft))
+        if (folder / sign).is_file():
+            return
+        folder.mkdir(exist_ok=True)
+        for part in sorted(Path(draft).iterdir(), key=lambda p: p.name == Path(sign).parts[0]):
+            if (folder / part.name).is_dir():
+                shutil.rmtree(folder / part.name)
+            part.replace(folder / part.name)
 
 
 def _world(folder: Path):
