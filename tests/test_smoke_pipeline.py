@@ -85,51 +85,41 @@ def test_filtering_training_and_asking_again_give_the_same_bytes(real):
     assert (real / "dvc.lock").read_text() == lock
 
 
-def test_what_is_kept_does_not_depend_on_the_truth(real, tmp_path):
-    card = read_card(real / "outputs/smoke/00_toy_world/world")
-    write_json(tmp_path / "world.json", {k: str(v) for k, v in card.items()} | {"truth": ""})
-    again(real, "01", tmp_path / "01", world_dir=str(tmp_path))
-    assert read(real, "01_data_filtering", "report.json")["scores"]
-    assert not load_json(tmp_path / "01/report.json")["scores"]
-    for file in ("captions.json", "qa.json"):
-        made = (real / "outputs/smoke/01_data_filtering" / file).read_bytes()
-        assert (tmp_path / "01" / file).read_bytes() == made, file
-
-
-def test_annotations_with_other_ids_are_filtered_alike(real, tmp_path):
-    """As published ones have them: a clip's name for each of its samples, a number, or none."""
+def test_what_is_kept_depends_neither_on_the_truth_nor_on_ids(real, tmp_path):
+    """Published annotations have a clip's name for each of its samples, a number, or none."""
     card = {k: str(v) for k, v in read_card(real / "outputs/smoke/00_toy_world/world").items()}
     card |= {"truth": ""}
     for pool in ("captions", "qa"):
         samples = load_json(card[f"raw_{pool}"])
-        card[f"raw_{pool}"] = str(tmp_path / f"{pool}.json")
+        card[f"raw_{pool}"] = str(tmp_path / f"raw_{pool}.json")
         for number, sample in enumerate(samples):
             sample["id"] = number if pool == "qa" else sample.get("video")
         del samples[0]["id"]
         write_json(card[f"raw_{pool}"], samples)
     write_json(tmp_path / "world.json", card)
     again(real, "01", tmp_path / "01", world_dir=str(tmp_path))
-    metrics = load_json(tmp_path / "01/metrics.json")
-    assert metrics["removed/readable"] > 0
-    for key, value in read(real, "01_data_filtering", "metrics.json").items():
-        assert metrics.get(key, value) == value, key
+    assert read(real, "01_data_filtering", "report.json")["scores"]
+    assert not load_json(tmp_path / "01/report.json")["scores"]
+    for file in ("captions.json", "qa.json"):
+        known, other = (load_json(folder / file) for folder in (
+            real / "outputs/smoke/01_data_filtering", tmp_path / "01"))  # fmt: skip
+        assert len({s["id"] for s in other}) == len(other) > 0
+        assert [s | {"id": ""} for s in other] == [s | {"id": ""} for s in known], file
 
 
-@pytest.mark.parametrize("form", ["free", "choice"])
-def test_own_questions_may_lack_a_form_known_types_and_unseen_pairs(real, tmp_path, form):
+def test_own_questions_may_lack_a_form_known_types_and_unseen_pairs(real, tmp_path):
     card = {k: str(v) for k, v in read_card(real / "outputs/smoke/00_toy_world/world").items()}
     questions = [q | {"unseen_pair": False, "type": f"what {q['type']}"}
-                 for q in load_json(card["test_questions"]) if q["form"] == form]
+                 for q in load_json(card["test_questions"]) if q["form"] == "choice"]
     write_json(tmp_path / "questions.json", questions)
     write_json(tmp_path / "world.json", card | {"test_questions": str(tmp_path / "questions.json")})
     again(real, "05", tmp_path / "05", world_dir=str(tmp_path), num_clips=3,
-          model_dir=str(real / "outputs/smoke/04_sft"))
+          model_dir=str(real / "outputs/smoke/04_sft"))  # fmt: skip
     metrics = load_json(tmp_path / "05/metrics.json")
-    assert f"accuracy/{form}" in metrics and "accuracy/type/what colour" in metrics
-    lacking = "choice" if form == "free" else "free"
-    assert not {f"accuracy/{lacking}", "accuracy/unseen_pairs"} & set(metrics)
+    assert {"accuracy/choice", "accuracy/type/what colour"} <= set(metrics)
+    assert not {"accuracy/free", "accuracy/unseen_pairs"} & set(metrics)
     figures = {path.stem for path in (tmp_path / "05/figures").iterdir()}
-    assert ("confusion_weakest" in figures) == (form == "free")
+    assert figures == {"types", "calibration", "gallery"}
 
 
 def test_the_recipe_share_pretrains_twice(real, tmp_path):
