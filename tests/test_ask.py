@@ -1,5 +1,6 @@
 """`python -m tlv.ask`: an answer and its frames, or one clear line."""
 
+import os
 import subprocess
 import sys
 
@@ -51,7 +52,8 @@ def test_a_picture(tmp_path, clip_frames, model_dir, capsys):
 def test_as_a_user_runs_it(clip, model_dir):
     command = [sys.executable, "-m", "tlv.ask", str(clip), "Where?", "--model", str(model_dir),
                "--device", "cpu", "--max-new-tokens", "2"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    users = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=users)
     assert done.returncode == 0 and "frames looked at: 4 of 9" in done.stdout
     assert done.stderr == ""
 

@@ -387,6 +387,7 @@ HEAD = "base_model.model.language_model.lm_head"
         (PAIR, {"use_dora": True}, "asks for use_dora; plain LoRA"),
         (PAIR, {"alpha_pattern": {"q_proj": 4}}, "asks for alpha_pattern; plain LoRA"),
         (PAIR, {"r": None}, "lacks r or lora_alpha"),
+        (PAIR, {"lora_alpha": None}, "lacks r or lora_alpha"),
     ],
 )
 def test_all_of_an_adapter_is_used_or_none(adapter, settings, message, write, tmp_path):
@@ -857,6 +858,33 @@ def test_any_other_missing_unknown_or_misshapen_weight_is_an_error(write, tmp_pa
     convert(write(weights | {k: v.clone() for k, v in tied.items()}, "e"), out)  # ZeRO-3 has both
 
 
+def test_two_names_of_one_weight_are_refused(write, tmp_path):
+    weights = make_weights()
+    name = next(name for name in weights if name.endswith("layers.0.mlp.fc1.weight"))
+    twice = weights | {name.replace("vision_model.", ""): weights[name] + 1}
+    with pytest.raises(ModelFolderError, match="are one weight of ours"):
+        convert(write(twice), tmp_path / "out")
+
+
+def test_weights_of_integers_are_refused(write, tmp_path):
+    weights, name = make_weights(), f"{LLM_Q}.weight"
+    with pytest.raises(ModelFolderError, match=r"1 weights are quantized, .*q_proj.*torch.int8"):
+        convert(write(weights | {name: weights[name].to(torch.int8)}), tmp_path / "out")
+
+
+def test_how_a_published_llm_was_quantized_says_nothing_of_its_weights_here(write, tmp_path):
+    text = TEXT | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    convert(write(make_weights(), text_config=text), tmp_path / "out")
+    assert "quantization" not in (tmp_path / "out/config.json").read_text()
+
+
+def test_a_tied_model_may_hold_its_head_alone(write, tmp_path):
+    weights = make_weights()
+    table = weights.pop("language_model.model.embed_tokens.weight")
+    convert(write(weights | {"language_model.lm_head.weight": table}), tmp_path / "out")
+    assert torch.equal(load_model(tmp_path / "out")[0].get_input_embeddings().weight, table)
+
+
 def test_old_buffers_are_left_out(write, tmp_path):
     old = {PREFIXES[1] + "vision_model.embeddings.position_ids": torch.arange(16)[None],
            PREFIXES[0] + "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # fmt: skip
@@ -874,12 +902,56 @@ def test_old_buffers_are_left_out(write, tmp_path):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' is not supported"),
         ({"text_config": TEXT | {"model_type": "gemma"}}, "published: no template is known for a"),
         ({"vision_model_name_or_path2": "mof:dino"}, "mixture with 'mof:dino', whose config it do"),
+        ({"vision_feature_select_strategy": "full"}, "strategy 'full' is unknown; known are patch"),
+        ({"num_queries": "8"}, "published: its config.json makes no model: .*num_queries"),
+        ({"tokenizer_model_max_length": 2048.0}, "its config.json makes no model: .*max_seq_len"),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_converted_say_why(changes, message, write, tmp_path):
     with pytest.raises(ModelFolderError, match=message):
         convert(write(make_weights(), **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place, message", [
+    (".", "holds the source"), ("published", "holds the source"), ("thesis", "not from here"),
+    ("thesis/a.txt", "not from here"), ("free", "free.old is in the way"),
+])  # fmt: skip
+def test_nothing_is_lost_where_a_model_is_written(place, message, write, tmp_path):
+    source = write(make_weights())
+    for name in ("thesis", "free.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("a year's work")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ModelFolderError, match=message):
+        convert(source, tmp_path / place)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_only_what_was_converted_is_replaced(write, tmp_path):
+    source, out = write(make_weights()), tmp_path / "out"
+    out.mkdir()  # empty
+    for num_frames in (4, 8):
+        assert convert(source, out, num_frames=num_frames).num_frames == num_frames
+    assert load_model(out)[0].config.num_frames == 8
+    with pytest.raises(ValueError, match="TlvConfig has no field num_fraems"):
+        convert(source, out, num_fraems=4)
+
+
+def test_the_machines_paths_stay_out_of_the_model(write, write_mof, tmp_path):
+    weights, changes, dino_dir = write_mof()
+    source = write(weights, **changes)
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/config.json").write_text(json.dumps(CLIP))
+    convert(source, tmp_path / "out", second_vision_dir=dino_dir, vision_dir=tmp_path / "clip")
+    assert str(tmp_path) not in (tmp_path / "out/config.json").read_text()
+
+
+def test_a_second_encoder_that_does_not_go_with_the_first_is_refused(write, write_mof, tmp_path):
+    weights, changes, dino_dir = write_mof()
+    (dino_dir / "config.json").write_text(json.dumps(DINO | {"patch_size": 8}))
+    with pytest.raises(ModelFolderError, match="a mixture needs the same patch size"):
+        convert(write(weights, **changes), tmp_path / "out", second_vision_dir=dino_dir)
 
 
 @pytest.mark.parametrize("also", [["adapter_config.json"], PARTS])
@@ -958,6 +1030,12 @@ def test_the_command_reads_frames_by_the_second(write, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([source, out, "--fps", "2"])
     assert "say nothing without --sampling fps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([source, out, "--sampling", "fps", "--num-frames", "8"])
+    assert "--num-frames says nothing with --sampling fps" in capsys.readouterr().err
+    for options in (["--num-frames", "0"], ["--sampling", "fps", "--fps", "0"]):
+        assert main([source, str(tmp_path / "none"), *options]) == 1
+        assert "must be more than 0" in capsys.readouterr().out
 
 
 def test_the_published_list_of_920_names_is_ours(published_keys):

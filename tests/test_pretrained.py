@@ -1,10 +1,13 @@
 """Model folders from disk: no code of theirs runs, and an unfinished one says what it lacks."""
 
+import contextlib
 import json
 import shutil
 
 import pytest
+import safetensors
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -148,3 +151,16 @@ def test_a_shard_that_is_not_there_is_named(llm_dir, tmp_path):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ["x"]}')
     with pytest.raises(ModelFolderError, match="has no weight_map of file names"):
         check_weights(folder, "llm_dir")
+
+
+def test_pickled_weights_are_not_read_and_how_to_rewrite_them_is_told(llm_dir, tmp_path):
+    folder = shutil.copytree(llm_dir, tmp_path / "llm")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ModelFolderError, match="pytorch_model.bin is there, .* Rewrite it: ") as e:
+        load_pretrained(AutoModelForCausalLM, folder, "llm_dir")
+    names = {"torch": torch, "safetensors": safetensors}
+    with contextlib.chdir(folder):
+        exec(str(e.value).split("Rewrite it: ")[1], names)  # what is told works
+    assert load_pretrained(AutoModelForCausalLM, folder, "llm_dir")

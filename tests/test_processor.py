@@ -144,6 +144,14 @@ def test_clips_and_pictures_from_files(processor, clip_frames, tmp_path):
     assert torch.equal(batch["pixel_values_videos"][0], processor.process_frames(clip.frames))
 
 
+def test_one_picture_needs_no_list(processor, clip_frames, tmp_path):
+    Image.fromarray(clip_frames()[0]).save(tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as picture:
+        batch = processor(text=[PROMPT], images=picture)
+    listed = processor(text=[PROMPT], images=[tmp_path / "b.png"])
+    assert torch.equal(batch["pixel_values_videos"], listed["pixel_values_videos"])
+
+
 def test_visuals_must_fit_the_text(processor, clip_frames):
     with pytest.raises(ValueError, match="row 0: 1 <video> in its text, but 0 videos"):
         processor(text=[PROMPT])

@@ -1,15 +1,17 @@
 """A reader's own data: what is missing or wrong is named before anything is trained."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 from toy_manifest import make_world
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from tlv import ROOT, validate
+from tlv import ROOT, validate, video_child
 from tlv.card import CARD_KEYS
 from tlv.config import ConfigError
 from tlv.manifest import load_questions
@@ -88,6 +90,13 @@ def test_a_clip_that_does_not_decode_is_found_only_when_asked_for(card, tmp_path
     assert ["torn.mp4" in reason for reason in reasons(path, decode=True)] == [True]
 
 
+def test_a_clip_that_hangs_the_decoder_is_found_too(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(validate, "FRAME_S", 0.3)
+    os.kill(video_child.child()._process.pid, signal.SIGSTOP)  # it never answers
+    found = reasons(card(raw_captions=card.samples[:1]), decode=True)
+    assert "decoding took over 0.3 s" in found[0]
+
+
 def test_test_questions_are_looked_at_before_they_are_asked(card, tmp_path):
     (tmp_path / "asked.json").write_text(json.dumps([card.question, {"id": 1}]))
     with pytest.raises(ConfigError, match="asked.json: #1: lacks video, type"):
@@ -106,6 +115,8 @@ def test_test_questions_are_looked_at_before_they_are_asked(card, tmp_path):
          "card.json: llm_dir = 7 must be a path in quotes"),
         (json.dumps(dict.fromkeys(CARD_KEYS, "x") | {"pair_dir": None}),
          "card.json: pair_dir = None must be a path in quotes"),
+        (json.dumps(dict.fromkeys(CARD_KEYS, "x") | {"truth": 5}),
+         "card.json: truth = 5 must be a path in quotes"),
         (json.dumps(dict.fromkeys(CARD_KEYS, "x") | {"pair_dri": "x"}),
          "card.json: unknown key 'pair_dri'; a card names .*, and may name pair_dir, truth"),
     ],

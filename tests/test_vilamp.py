@@ -228,13 +228,14 @@ def test_a_model_takes_another_connector_and_keeps_its_encoder_and_llm(build_tin
     model, processor = build_tiny(connector_type="mlp2x_gelu")
     llm = {k: v.clone() for k, v in model.language_model.state_dict().items()}
     other, its_processor = with_connector(
-        model, processor, selector_dir=pair_dir, max_positions=5000, connector_type="vilamp",
-        sampling="fps", num_keyframes=2,
+        model, processor, selector_dir=pair_dir, connector_type="vilamp", sampling="fps",
+        num_keyframes=2,
     )  # fmt: skip
     assert all(v.equal(llm[k]) for k, v in other.language_model.state_dict().items())
-    assert other.config.text_config.max_position_embeddings == 5000
     assert other.config.query_width == its_processor.selector.width == 32
     assert its_processor.num_tokens(10) == 2 * 4 + 8
+    with pytest.raises(ValueError, match="TlvConfig has no field num_querys"):
+        with_connector(other, its_processor, num_querys=7)
 
 
 # ---- what does not fit ----------------------------------------------------------------------

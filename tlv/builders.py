@@ -33,9 +33,7 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=Non
     same seed gives the same connector.
     Raises ModelFolderError for a wrong folder, ValueError for a wrong field.
     """
-    unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
+    check_fields(fields)
     text_config = read_config(llm_dir, "llm_dir")
     tokenizer = load_part(AutoTokenizer, llm_dir, "llm_dir")
     what, template = f"llm_dir = {llm_dir}", fields.pop("template", TlvConfig.template)
@@ -56,6 +54,13 @@ def build_model(vision_dir, llm_dir, *, second_vision_dir=None, selector_dir=Non
     return _assemble(config, encoder, llm, image_processor, tokenizer, selector, dtype, seed)
 
 
+def check_fields(fields) -> None:
+    """Raise ValueError for a name that is none of TlvConfig's."""
+    unknown = sorted(set(fields) - set(TlvConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"TlvConfig has no field {', '.join(unknown)}")
+
+
 def _fit_side(side: int, config, vision_dir) -> None:
     """Let DINOv2 be shown the pictures that its processor makes; refuse others that do not fit."""
     wanted = config.image_size
@@ -68,19 +73,16 @@ def _fit_side(side: int, config, vision_dir) -> None:
             "config.json), so their patches would not fit; make both the same")
 
 
-def with_connector(model, processor, *, max_positions=None, selector_dir=None, seed=0, **fields):
+def with_connector(model, processor, *, selector_dir=None, seed=0, **fields):
     """A model with another connector, fresh, in place of its own, and its processor.
 
     Encoder and LLM are those of `model`, which must not be used any more. `fields` are fields of
-    TlvConfig; max_positions tells the LLM's context, where training widens it. Notebook 06.
+    TlvConfig. Notebook 06.
     """
+    check_fields(fields)
     config = TlvConfig.from_dict({**model.config.to_dict(), **fields})
-    llm = model.language_model
-    if max_positions is not None:
-        for part in (config.text_config, llm.config):
-            part.max_position_embeddings = max_positions
     selector = None if selector_dir is None else load_selector(selector_dir)
-    return _assemble(config, model.vision_encoder, llm, processor.image_processor,
+    return _assemble(config, model.vision_encoder, model.language_model, processor.image_processor,
                      processor.tokenizer, selector, model.dtype, seed)
 
 

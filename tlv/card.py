@@ -42,7 +42,8 @@ def load_card(path) -> dict:
     if unknown := [key for key in card if key not in CARD_KEYS + OTHER_KEYS]:
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; a card names {names}, and may name "
                           f"{', '.join(OTHER_KEYS)}")
-    for key in (*CARD_KEYS, "pair_dir"):
-        if not isinstance(card.get(key, ""), str):
+    for key in (*CARD_KEYS, "pair_dir", "truth"):
+        is_unknown = key == "truth" and card.get(key) is None
+        if not is_unknown and not isinstance(card.get(key, ""), str):
             raise ConfigError(f"{path}: {key} = {card[key]!r:.60} must be a path in quotes")
     return card

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,16 +20,23 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tlv.builders import build_processor, make_generation_config
+from tlv.builders import build_processor, check_fields, make_generation_config
 from tlv.chat import prepare_tokenizer, video_token_id
 from tlv.config import ConfigError, load_json
 from tlv.designs import ENCODERS
 from tlv.files import draft_of
 from tlv.model import TlvConfig, TlvForConditionalGeneration
-from tlv.pretrained import ModelFolderError, forget_code, load_part, quiet, read_config
+from tlv.pretrained import (
+    ModelFolderError,
+    forget_code,
+    load_part,
+    quiet,
+    read_config,
+    read_json,
+)
 from tlv.published import LEGACY_LLMS, collect, find_layout, rename
 from tlv.templates import OWN, TEMPLATES, resolve_template
-from tlv.vision import count_seen_layers, picture_size, vision_part
+from tlv.vision import check_mixture, count_seen_layers, picture_size, vision_part
 
 LOG = logging.getLogger(__name__)
 
@@ -61,8 +69,7 @@ OLD_STABLELM = {  # names of StableLM-2's own code, from before transformers kne
     "norm_eps": "layer_norm_eps",
     "num_heads": "num_attention_heads",
 }
-# Buffers of old versions of transformers, computed anew when a model is made.
-IGNORED = re.compile(r"\.(position_ids|inv_freq|masked_bias|attn\.bias)$")
+SELECTIONS = {"patch": True, "cls_patch": False}  # published: is the first patch dropped?
 
 
 # ---- config ---------------------------------------------------------------------------------
@@ -71,7 +78,7 @@ IGNORED = re.compile(r"\.(position_ids|inv_freq|masked_bias|attn\.bias)$")
 def read_vision_config(source: Path, raw: dict, layout: str, vision_dir=None, second_dir=None):
     """The encoder's config: that of the checkpoint, of the folders given, or by published name."""
     if vision_dir is not None:
-        config = vision_part(read_config(vision_dir, "vision_dir"))
+        config = _without_path(vision_part(read_config(vision_dir, "vision_dir")))
     elif layout == "legacy":
         name = raw.get("mm_vision_tower")
         if name not in LEGACY_ENCODERS:
@@ -87,10 +94,17 @@ def read_vision_config(source: Path, raw: dict, layout: str, vision_dir=None, se
                                f"{raw['vision_model_name_or_path2']!r}, whose config it does not "
                                "hold; give that folder as second_vision_dir")
     if second_dir is not None:
-        second = vision_part(read_config(second_dir, "second_vision_dir"))
+        second = _without_path(vision_part(read_config(second_dir, "second_vision_dir")))
         config = AutoConfig.for_model("tlv_mixture", first_config=config, second_config=second)
+        check_mixture(config)
     elif config.model_type == "dinov2" and config.image_size == 518:
         config.picture_size = 224  # what its image processor makes; its config does not say
+    return config
+
+
+def _without_path(config):
+    """Else config.json keeps a path of the machine that made it."""
+    config._name_or_path = ""
     return config
 
 
@@ -110,7 +124,7 @@ def read_text_config(source: Path, raw: dict, layout: str):
     if fields.get("model_type") == "stablelm":  # a field that is unknown would be left unread
         today = {new: fields.pop(old) for old, new in OLD_STABLELM.items() if old in fields}
         fields = today | fields
-    unwanted = ("architectures", "_name_or_path", "torch_dtype")
+    unwanted = ("architectures", "_name_or_path", "torch_dtype", "quantization_config")
     wanted = {k: v for k, v in fields.items() if k not in unwanted and not k.startswith("mm_")}
     return _make_config(source, "text_config", wanted)
 
@@ -133,7 +147,10 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
         else ("vision_feature_layer", "vision_feature_select_strategy")
     )  # fmt: skip
     is_siglip = vision.model_type == "siglip_vision_model"
-    drops = raw.get(select, "patch") == "patch" and not (layout == "legacy" and is_siglip)
+    if raw.get(select, "patch") not in SELECTIONS:
+        raise ModelFolderError(f"{source}: {select} {raw[select]!r} is unknown; known are "
+                               f"{', '.join(SELECTIONS)}")
+    drops = SELECTIONS[raw.get(select, "patch")] and not (layout == "legacy" and is_siglip)
     modes = {"square": "square" if is_siglip else "crop", "pad": "pad"}
     shape = raw.get("image_aspect_ratio", "square")
     if shape not in modes:
@@ -150,8 +167,12 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
         num_frames=16 if is_video else 1, template=template,
     )  # fmt: skip
     tokenizer = prepare_tokenizer(tokenizer, carried["template"], str(source))
-    return TlvConfig(vision_config=vision, text_config=text,
-                     video_token_id=video_token_id(tokenizer), **(carried | fields))
+    try:
+        return TlvConfig(vision_config=vision, text_config=text,
+                         video_token_id=video_token_id(tokenizer), **(carried | fields))
+    except Exception as error:  # a value of another type, named by our field
+        raise ModelFolderError(f"{source}: its config.json makes no model: {str(error)[:300]}"
+                               ) from error  # fmt: skip
 
 
 def find_template(source, text_config, tokenizer) -> str:
@@ -188,12 +209,20 @@ def match(config: TlvConfig, found: dict[str, torch.Tensor], source) -> dict[str
     with torch.device("meta"):
         model = TlvForConditionalGeneration(config)
     wanted = model.state_dict()
-    weights = {rename(k): v for k, v in found.items() if not IGNORED.search(k)}
+    weights = {rename(k): v for k, v in found.items()}
+    if len(weights) < len(found):
+        counts = Counter(map(rename, found))
+        twice = [name for name in found if counts[rename(name)] > 1]
+        raise ModelFolderError(f"{source}: {' and '.join(twice[:2])} are one weight of ours; "
+                               "files of two models lie in it")
     head = "language_model.lm_head.weight"
     embeddings = next(name for name, parameter in model.named_parameters()
                       if parameter is model.get_input_embeddings().weight)
     if config.tie_word_embeddings:
-        if head in weights and not torch.equal(weights[head], weights.get(embeddings)):
+        weights.setdefault(embeddings, weights.get(head))  # either may stand for both
+        if weights[embeddings] is None:
+            del weights[embeddings]
+        if head in weights and not torch.equal(weights[head], weights[embeddings]):
             raise ModelFolderError(f"{source}: its config ties the LLM's head to its embeddings, "
                                    "but they differ")
         weights.pop(head, None)
@@ -240,14 +269,14 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
     """Write the published checkpoint `source` as the folder `out`, which `load_model` reads.
 
     Frames, template, feature layer and patch flag are carried over or follow from the checkpoint;
-    `fields` of TlvConfig overrule them. Returns the config. Raises ModelFolderError.
+    `fields` of TlvConfig overrule them. Returns the config. Raises ModelFolderError, ValueError
+    for a wrong field. What this wrote to `out` before is replaced, and nothing else.
     """
     source, out = Path(source), Path(out)
-    try:
-        layout = find_layout(source)
-        raw = load_json(source / "config.json")
-    except ConfigError as error:
-        raise ModelFolderError(str(error)) from error
+    check_fields(fields)
+    _check_place(source, out)
+    layout = find_layout(source)
+    raw = read_json(source / "config.json", "source")
     try:
         with quiet():  # a published model type is news to transformers
             what = "source" if tokenizer_dir is None else "tokenizer_dir"
@@ -271,6 +300,30 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
     return config
 
 
+def _check_place(source: Path, out: Path) -> None:
+    """Refuse an `out` where something would be lost: it and what stands in for it are replaced."""
+    place = out.resolve()
+    if source.resolve().is_relative_to(place):
+        raise ModelFolderError(f"out = {out} holds the source {source}, which would be lost; name "
+                               "a new folder")
+    if place.exists() and not _is_replaceable(place):
+        raise ModelFolderError(f"out = {out} is there, and not from here; name a new folder")
+    for beside in (place.with_name(place.name + ending) for ending in (".tmp", ".old")):
+        if beside.exists():
+            raise ModelFolderError(f"{beside} is in the way, of an earlier try perhaps; delete it "
+                                   "or name another folder")
+
+
+def _is_replaceable(place: Path) -> bool:
+    """Is it an empty folder, or one that `convert` wrote?"""
+    if not place.is_dir() or not any(place.iterdir()):
+        return place.is_dir()
+    try:
+        return load_json(place / "config.json").get("model_type") == TlvConfig.model_type
+    except (ConfigError, AttributeError):
+        return False
+
+
 def main(arguments=None) -> int:
     """The command: prints what was carried over; or why nothing was written, and returns 1."""
     parser = argparse.ArgumentParser(prog="python -m tlv.convert", description=__doc__)
@@ -287,6 +340,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--max-frames", type=int, help="of a clip at most, of --sampling fps")
     options = vars(parser.parse_args(arguments))
     options = {key: value for key, value in options.items() if value is not None}
+    if options.get("sampling") == "fps" and "num_frames" in options:
+        parser.error("--num-frames says nothing with --sampling fps; --fps and --max-frames do")
     if options.get("sampling") != "fps" and {"fps", "max_frames"} & set(options):
         parser.error("--fps and --max-frames say nothing without --sampling fps")
     try:

@@ -78,6 +78,9 @@ class TlvConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.initializer_range = getattr(self.text_config, "initializer_range", 0.02)
         get_template(self.template)
+        for name in ("num_frames", "max_frames", "fps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)!r} must be more than 0")
         if self.long_rows not in ("skip", "cut"):
             raise ValueError(f"long_rows = {self.long_rows!r} must be 'skip' or 'cut'")
         if self.connector_type == "vilamp" and self.sampling != "fps":

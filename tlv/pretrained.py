@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging as hf_logging
 
 import tlv.openelm  # noqa: F401  the Auto classes know it from here on
 
@@ -31,7 +32,7 @@ def read_config(path, what: str):
                                "(config.json and *.safetensors) is wanted")
     if not (path / "config.json").is_file():
         raise ModelFolderError(f"{what} = {path}: no config.json in it; it is no model folder")
-    raw = _read_json(path / "config.json", what)
+    raw = read_json(path / "config.json", what)
     kind = raw.get("model_type")
     if kind == "tinyllava" or "TinyLlava" in str(raw.get("architectures")):
         raise ModelFolderError(f"{what} = {path}: a published checkpoint (model_type {kind!r}); "
@@ -61,15 +62,24 @@ def check_weights(path, what: str) -> None:
     """Refuse a folder without *.safetensors, and one whose index names a file that is not there."""
     path = Path(path)
     if not list(path.glob("*.safetensors")):
-        raise ModelFolderError(f"{what} = {path}: no *.safetensors in it; the weights are missing")
+        raise ModelFolderError(f"{what} = {path}: no *.safetensors in it; the weights are missing"
+                               + rewritten(path, "pytorch_model.bin", "model.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file() and not (path / "model.safetensors").is_file():
         read_shards(index, what)
 
 
+def rewritten(folder: Path, old: str, new: str) -> str:
+    """How a file of pickled weights, if it is there, becomes one that is read; else ""."""
+    if not (folder / old).is_file():
+        return ""
+    return (f", but {old} is there, which may run code when it is read. Rewrite it: safetensors."
+            f"torch.save_file(torch.load('{old}', weights_only=True), '{new}')")
+
+
 def read_shards(index: Path, what: str) -> list[str]:
     """The files that an index of weights names, each of which must be there."""
-    shards = _read_json(index, what).get("weight_map")
+    shards = read_json(index, what).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(f, str) for f in shards.values()):
         raise ModelFolderError(f"{what} = {index.parent}: {index.name} has no weight_map of file "
                                "names; copy the file again")
@@ -123,17 +133,22 @@ def _is_empty(tokenizer) -> bool:
 
 @contextmanager
 def quiet():
-    """Load without a table of what is left over (of a SigLIP folder its text tower, on purpose)."""
+    """Load without a bar for a moment's work, and without a table of what is left over (of a SigLIP
+    folder its text tower, on purpose)."""
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, has_bars = logger.level, hf_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if has_bars:
+            hf_logging.enable_progress_bar()
 
 
-def _read_json(path: Path, what: str) -> dict:
+def read_json(path: Path, what: str) -> dict:
+    """A JSON object of a model folder. Raises ModelFolderError."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -218,7 +218,7 @@ def _per_row(visuals, num_rows, name) -> list[list]:
     """None, or one entry per row, each None, a visual or a list -> a list per row."""
     if visuals is None:
         return [[] for _ in range(num_rows)]
-    if isinstance(visuals, str | Path | np.ndarray):
+    if isinstance(visuals, str | Path | np.ndarray | Image.Image):
         visuals = [visuals]
     if len(visuals) != num_rows:
         raise ValueError(f"{len(visuals)} {name} for {num_rows} texts; give one per text, "

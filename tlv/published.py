@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from tlv.config import load_json
-from tlv.pretrained import ModelFolderError, read_shards
+from tlv.pretrained import ModelFolderError, read_json, read_shards, rewritten
 
 LEGACY_LLMS = {
     "TinyLlavaLlamaForCausalLM": "llama",
@@ -29,6 +28,8 @@ PARTS = {  # of a pretraining run: folder, and what its names stand below in a f
     "vision_tower": "vision_tower._vision_tower.",
     "connector": "connector.",
 }
+# Buffers of old versions of transformers, computed anew when a model is made.
+IGNORED = re.compile(r"\.(position_ids|inv_freq|masked_bias|attn\.bias)$")
 OTHER_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 DINOV2_NAMES = {  # transformers 5 has other ones
     ".attention.attention.query.": ".attention.q_proj.",
@@ -46,7 +47,7 @@ def find_layout(source: Path) -> str:
     if not (source / "config.json").is_file():
         raise ModelFolderError(f"{source}: no config.json in it; a published TinyLLaVA or "
                                "TinyLLaVA-Video folder is wanted")
-    raw = load_json(source / "config.json")
+    raw = read_json(source / "config.json", "source")
     if raw.get("model_type") == "tinyllava":
         if (source / "adapter_config.json").is_file():
             return "lora"
@@ -70,9 +71,18 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         files = read_shards(index, "source") if index.is_file() else []
         files = files or [f"{stem}.{ending}"] * (folder / f"{stem}.{ending}").is_file()
         if files:
-            return {k: v for name in files for k, v in _read_file(folder / name).items()}
+            weights = {k: v for name in files for k, v in _read_file(folder / name).items()}
+            return _floats(folder, {k: v for k, v in weights.items() if not IGNORED.search(k)})
     raise ModelFolderError(f"{folder}: no weights in it (model.safetensors or pytorch_model.bin, "
                            "or an index of several)")
+
+
+def _floats(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights, none of which may be integers: those mean nothing without their scales."""
+    if odd := [f"{k} ({v.dtype})" for k, v in weights.items() if not v.is_floating_point()]:
+        raise ModelFolderError(f"{folder}: {len(odd)} weights are quantized, such as {odd[0]}; "
+                               "take the LLM's own in their place")
+    return weights
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
@@ -109,15 +119,19 @@ def _modernise(name: str) -> str:
 
 def merge_adapter(source: Path, weights: dict[str, torch.Tensor]) -> None:
     """Add each adapter's alpha / r * B A to its matrix, in float32. All of the adapter is used."""
-    settings = load_json(source / "adapter_config.json")
+    settings = read_json(source / "adapter_config.json", "source")
     if others := [name for name in OTHER_LORA if settings.get(name)]:
         raise ModelFolderError(f"{source}: adapter_config.json asks for {', '.join(others)}; plain "
                                "LoRA is what TinyLLaVA Factory writes")
-    if not settings.get("r") or "lora_alpha" not in settings:
+    if not settings.get("r") or settings.get("lora_alpha") is None:
         raise ModelFolderError(f"{source}: adapter_config.json lacks r or lora_alpha, of which "
                                "the adapter's weight follows")
     scale = settings["lora_alpha"] / settings["r"]
-    for name, (down, up) in _pair(source, _read_file(source / "adapter_model.safetensors")).items():
+    path = source / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelFolderError(f"{source}: no {path.name} in it"
+                               + rewritten(source, "adapter_model.bin", path.name))
+    for name, (down, up) in _pair(source, _read_file(path)).items():
         if name not in weights:
             raise ModelFolderError(f"{source}: the adapter of {name} has no matrix to add to")
         base, change = weights[name], scale * up.float() @ down.float()

@@ -18,7 +18,8 @@ SHARE = dict(BASE_SFT, trainable=["connector", "llm", "vision"], lr_vision=2e-5)
 LORA = dict(BASE_SFT, lr_connector=2e-4, lr_llm=2e-4, lora=["llm"], lora_rank=128, lora_alpha=256)
 RECIPES = {
     "base": {"pretrain": BASE_PRETRAIN, "sft": BASE_SFT},
-    # The paper's: a second pretraining, with the encoder's layers from 12 of 27 on.
+    # The paper's: a second pretraining, with the encoder's layers from 12 of SigLIP's 27 on. Of
+    # other encoders as deep a share; the paper counts 12 for CLIP's 24 too (vision_from 0.5).
     "share": {"pretrain": BASE_PRETRAIN, "pretrain_share": dict(SHARE, vision_from=12 / 27),
               "sft": BASE_SFT},
     # The shipped scripts': the encoder stays frozen.

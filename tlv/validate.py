@@ -21,8 +21,9 @@ from tlv.chat import visual_of
 from tlv.config import ConfigError, load_json, resolve
 from tlv.manifest import check_question, check_sample
 from tlv.pretrained import ModelFolderError, check_weights, load_part, read_config
-from tlv.selector import check_pair
-from tlv.video import VideoError, sample_frames
+from tlv.selector import FRAME_S, check_pair
+from tlv.video import VideoError
+from tlv.video_child import sample_frames_within
 
 MANIFESTS = ("raw_captions", "raw_qa", "val_captions", "val_qa")
 FOLDERS = {"vision_dir": (AutoImageProcessor,), "llm_dir": (AutoTokenizer,),
@@ -113,7 +114,7 @@ def _look_at(file: str, path: Path, decode: bool) -> str:
         return f"{file}: not in videos_dir"
     try:
         if decode:
-            sample_frames(path, num_frames=1)
+            sample_frames_within(FRAME_S, path, num_frames=1)
     except VideoError as error:
         return f"{file}: {error.reason}"
     return ""
