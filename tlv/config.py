@@ -18,6 +18,8 @@ import yaml
 from tlv import ROOT
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+# 010 is 8 in one YAML and 10 in the other; 1:30, 0o17, 0b11 and 1_000 a number in one alone.
+TWO_NUMBERS = re.compile(r"[-+]?(0[\d_]+|0o[0-7]+|0b[01_]+|\d+(:\d+)+|\d+_[\d_]*)(\.\d*)?")
 YAML_11_BOOLS = {"y", "yes", "n", "no", "on", "off"}
 
 
@@ -59,6 +61,9 @@ def _check_scalar(path, key: str, node) -> None:
         sign = "" if exponent[:1] in "+-" else "+"
         right = f"{mantissa}e{sign}{exponent}"
         raise ConfigError(f"{path}: {key} = {node.value} is a string in YAML 1.1; write {right}")
+    if TWO_NUMBERS.fullmatch(node.value):
+        raise ConfigError(f"{path}: {key} = {node.value} is another value in YAML 1.1 than in 1.2; "
+                          "write plain digits, or quote a string")
     if node.value.lower() in YAML_11_BOOLS:
         raise ConfigError(f"{path}: {key} = {node.value} is a bool in one YAML and a string in "
                           "another; write true, false or a quoted string")

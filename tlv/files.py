@@ -8,12 +8,16 @@ from pathlib import Path
 
 
 def write_bytes(path, data: bytes) -> None:
-    """Write to a neighbour, then rename: atomic on one file system."""
+    """Write to a neighbour, then rename: atomic on one file system. A failure leaves no draft."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_bytes(data)
-    os.replace(draft, path)
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path, text: str) -> None:
