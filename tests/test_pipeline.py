@@ -5,6 +5,7 @@ notebooks are run in test_smoke_pipeline.py.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from clone import (
 
 from tlv import ROOT, code_copy, notebooks, pipeline
 from tlv.imports import modules_needed
+from tlv.notebook_parameters import defaults_of
 
 pytestmark = pytest.mark.slow
 CODE = [f"code@{name}" for name in NAMES]
@@ -245,9 +247,24 @@ def test_modules_are_followed_through_imports_and_names(tmp_path):
     assert needed == [f"tlv/{n}.py" for n in ["__init__", "a", "b", "c", "launch", "train"]]
 
 
+def test_gates_are_never_the_smoke_runs_where_a_toy_world_is_evaluated():
+    """A run that learnt nothing must not pass: what opens the smoke run's gates is no default."""
+    for path in sorted((ROOT / "params").glob("*/00_toy_world.yaml")):
+        if yaml.safe_load(path.read_text())["data_card"]:
+            continue
+        for name in ("01_data_filtering", "05_evaluation", "06_long_video"):
+            known = defaults_of(notebooks.read(ROOT / f"notebooks/{name}.ipynb"))
+            wanted = "min_(score|free|choice|margin|hit_rate)|max_growth"
+            gates = {key for key in known if re.fullmatch(wanted, key)}
+            given = yaml.safe_load((path.parent / f"{name}.yaml").read_text())
+            assert gates <= set(given), f"{path.parent.name}/{name}"
+
+
 def test_committed_lock_belongs_to_the_committed_code(tmp_path):
-    assert (ROOT / "dvc.lock").exists(), "run `make repro` and commit its results"
-    folder = make_clone(tmp_path / "clone")
+    folder = tmp_path / "clone"
+    run(["git", "clone", "-q", str(ROOT), str(folder)], tmp_path)
+    for name in NAMES:  # they are in no cache
+        run([sys.executable, "-m", "tlv.code_copy", name], folder)
     stale = repro(folder, "--allow-missing", "--dry")
     assert stale == [], "run `make repro` and commit its results"
     run(["git", "diff", "--exit-code"], folder)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
 
 import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tlv import ROOT, code_copy, costs, notebook_form, notebooks, stage
@@ -249,3 +251,87 @@ def test_what_was_measured_is_left_out_of_the_executed_copy():
     notebook_form.drop_measured(notebook)
     assert [c.cell_type for c in notebook.cells] == ["code", "markdown", "code"]
     assert [len(c.outputs) for c in notebook.cells if c.cell_type == "code"] == [0, 1]
+
+
+# ---- what results are of --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, text", [
+    ("params/tiny/00_x.yaml", "seed: 4\n"), ("tlv/a.py", "x = 2\n"),
+    ("notebooks/00_x.ipynb", None), ("params/launch.yaml", "num_ranks: 2\n"),
+])  # fmt: skip
+def test_what_is_edited_while_a_stage_runs_is_no_longer_what_it_ran(root, monkeypatch, name, text):
+    """DVC looks at files after a stage, and would take the new ones for what its results are of."""
+    (root / "tlv").mkdir()
+    for file, content in (("tlv/__init__.py", ""), ("tlv/a.py", "x = 1\n"),
+                          ("params/launch.yaml", "num_ranks: 1\n")):  # fmt: skip
+        (root / file).write_text(content)
+    own = notebook("import tlv.a", PARAMETERS + "launch: str | None = None\n")
+    notebooks.write(root / "notebooks/00_x.ipynb", own)
+    (root / "params/tiny/00_x.yaml").write_text("seed: 3\nlaunch: params/launch.yaml\n")
+
+    def edit(*_):
+        if text is None:
+            write_notebook(root, "import tlv.a; print(2)")
+        elif text:
+            (root / name).write_text(text)
+
+    def write_notebook(root, body):
+        notebooks.write(root / "notebooks/00_x.ipynb", notebook(body, own.cells[1].source))
+
+    monkeypatch.setattr(stage, "_execute", edit)
+    with pytest.raises(NotebookError, match=f"{name} was changed while 00_x ran; run it again"):
+        stage.run("00_x", "tiny")
+    monkeypatch.setattr(stage, "_execute", lambda *_: None)
+    stage.run("00_x", "tiny")
+
+
+def test_a_notebook_edited_since_the_pipeline_began_is_not_run(root, monkeypatch):
+    write(root)
+    copy = root / "outputs/.code/00_x.ipynb"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(json.dumps(code_only(notebook())))
+    monkeypatch.setattr(stage, "_execute", lambda *_: None)
+    monkeypatch.setenv("DVC_STAGE", "00_x")
+    stage.run("00_x", "tiny")
+    write(root, "print(seed + 1)")
+    with pytest.raises(NotebookError, match="00_x.ipynb was changed since this pipeline began"):
+        stage.run("00_x", "tiny")
+    monkeypatch.delenv("DVC_STAGE")
+    stage.run("00_x", "tiny")  # by hand, whatever the copy is
+
+
+def test_costs_that_cannot_be_written_cost_no_finished_run(root, monkeypatch, capsys):
+    write(root)
+    (root / "outputs/tiny").mkdir(parents=True)
+    (root / "outputs/tiny/costs.json").write_text("<<<<<<< HEAD\n")
+    monkeypatch.setattr(stage, "_execute", lambda *_: None)
+    stage.run("00_x", "tiny")
+    assert "00_x: its cost is not recorded in" in capsys.readouterr().err
+    assert (root / "outputs/tiny/costs.json").read_text() == "<<<<<<< HEAD\n"
+
+
+def test_the_rest_of_a_run_that_was_killed_is_not_recorded_as_its_cost(root, monkeypatch):
+    write(root)
+    monkeypatch.setattr(stage, "_execute", lambda *_: None)
+    (root / "outputs/.resume/tiny/00_x/hash/step_5").mkdir(parents=True)
+    stage.run("00_x", "tiny")
+    assert costs.read_costs("tiny") == {}
+
+
+# ---- kernels --------------------------------------------------------------------------------
+
+
+def test_a_kernel_imports_the_tlv_of_its_own_checkout(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    paths = notebooks.environment(1)["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(notebooks.ROOT), "/elsewhere"]
+
+
+@pytest.mark.slow
+def test_a_kernel_starts_though_temporary_files_lie_far_down(tmp_path, monkeypatch):
+    long = tmp_path / ("a" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with notebooks.private_kernel() as manager:
+        NotebookClient(notebook("print(1)"), km=manager).execute()

@@ -28,6 +28,7 @@ from tlv.notebook_parameters import NotebookError
 from tlv.notebook_style import lint
 
 FOLDER = ROOT / "notebooks"
+MAX_SOCKET = 80  # characters of a folder for sockets, whose paths may have 107
 # What makes two runs on one machine equal: no clocks, no random hashes, no progress bars drawn by
 # others, no network. Thread counts are added by the caller.
 ENVIRONMENT = {
@@ -48,7 +49,10 @@ def environment(num_threads: int) -> dict[str, str]:
     """The variables that a kernel needs to run the same way every time."""
     threads = {f"{name}_NUM_THREADS": str(num_threads) for name in ("OMP", "MKL", "OPENBLAS")}
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    return ENVIRONMENT | threads | ({} if has_gpu else {"DS_ACCELERATOR": "cpu"})
+    users = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = dict.fromkeys([str(ROOT), *users])  # first this checkout's tlv, whatever is installed
+    own = {"PYTHONPATH": os.pathsep.join(paths)}
+    return ENVIRONMENT | threads | own | ({} if has_gpu else {"DS_ACCELERATOR": "cpu"})
 
 
 def names() -> list[str]:
@@ -73,6 +77,9 @@ def private_kernel():
     nbclient leaves a kernel that it was handed running, so it is stopped here.
     """
     folder = tempfile.mkdtemp(prefix="tlv-")
+    if len(folder) > MAX_SOCKET:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="tlv-", dir="/tmp")
     manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
     try:
         yield manager

@@ -12,6 +12,7 @@ import sys
 
 from tlv import ROOT
 from tlv.committed import PATH, SHOWN, WAYS, grid_table
+from tlv.config import load_params
 from tlv.costs import duration, read_costs
 from tlv.evaluate import FORMS
 from tlv.files import write_json, write_text
@@ -147,13 +148,14 @@ def filled(text: str, preset: str) -> str:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tlv.report", description=__doc__)
     parser.add_argument("action", choices=["costs", "readme"])
-    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--preset", help="default: tiny; of costs, the one that `dvc repro` runs")
     options = parser.parse_args(arguments)
     if options.action == "costs":
-        print(cost_table(options.preset))
+        runs = load_params(ROOT / "params/preset.yaml")["preset"]
+        print(cost_table(options.preset or runs))
         return 0
     path = ROOT / "README.md"
-    write_text(path, filled(path.read_text(), options.preset))
+    write_text(path, filled(path.read_text(), options.preset or "tiny"))
     write_json(ROOT / PATH, measured())
     print(f"README.md: tables filled; {PATH}: gathered")
     return 0

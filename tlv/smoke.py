@@ -3,12 +3,16 @@
 With default parameters a notebook reads and writes `outputs/scratch/` alone. Any notebook can be
 opened first: each function here returns a folder, and makes it in seconds if nothing is there,
 saying so. Outside scratch a missing folder is an error: that input comes from a pipeline stage.
+What was made stays when the code changes: `make clean` deletes it.
 Taught in notebook 00.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from tlv import ROOT
@@ -67,13 +71,25 @@ def _make_whole(folder: Path, sign: str, make) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as draft:
         make(Path(draft))
-        if (folder / sign).is_file():
-            return
-        folder.mkdir(exist_ok=True)
-        for part in sorted(Path(draft).iterdir(), key=lambda p: p.name == Path(sign).parts[0]):
-            if (folder / part.name).is_dir():
-                shutil.rmtree(folder / part.name)
-            part.replace(folder / part.name)
+        with _locked(folder.parent):
+            if (folder / sign).is_file():
+                return
+            folder.mkdir(exist_ok=True)
+            for part in sorted(Path(draft).iterdir(), key=lambda p: p.name == Path(sign).parts[0]):
+                if (folder / part.name).is_dir():
+                    shutil.rmtree(folder / part.name)
+                part.replace(folder / part.name)
+
+
+@contextmanager
+def _locked(folder: Path):
+    """Alone with a folder, among those that ask this way; a process that dies lets go."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _world(folder: Path):

@@ -5,6 +5,8 @@ outputs/tiny/NN_name/run.ipynb.
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import re
@@ -13,16 +15,20 @@ import sys
 import time
 
 from tlv import ROOT, notebook_form, notebooks
+from tlv.code_copy import code_only
 from tlv.config import ConfigError, load_params
-from tlv.costs import record_cost
+from tlv.costs import costs_path, record_cost
 from tlv.notebook_parameters import (
     NotebookError,
     check_parameters,
     defaults_of,
     parameters,
 )
+from tlv.pipeline import stage_modules
 
-SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips)$")  # what makes a run a real one
+# What makes a run a real one.
+SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips|samples|trials)$|"
+                   r"^(grid_|long_)?lengths?$")
 START_ATTEMPTS = 2  # a kernel now and then fails to start on a busy machine
 
 
@@ -49,11 +55,38 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
     return values
 
 
+def inputs_of(name: str, preset: str, values: dict) -> dict[str, str]:
+    """What a person may edit and the results follow from: file -> digest of what counts in it."""
+    code = code_only(notebooks.read(notebooks.FOLDER / f"{name}.ipynb"))
+    settings = {v for v in values.values() if isinstance(v, str) and v.startswith("params/")}
+    files = {f"params/{preset}/{name}.yaml", *settings, *stage_modules(name, ROOT)}
+    found = {f"notebooks/{name}.ipynb": json.dumps(code).encode()}
+    found |= {file: (ROOT / file).read_bytes() for file in sorted(files) if (ROOT / file).is_file()}
+    return {file: hashlib.sha256(content).hexdigest() for file, content in found.items()}
+
+
+def check_copy(name: str) -> None:
+    """Refuse a notebook that is no longer what DVC takes it for, in a run that DVC started."""
+    copy = ROOT / "outputs/.code" / f"{name}.ipynb"
+    if "DVC_STAGE" in os.environ and copy.is_file():
+        code = code_only(notebooks.read(notebooks.FOLDER / f"{name}.ipynb"))
+        if json.loads(copy.read_text()) != code:
+            raise NotebookError(f"notebooks/{name}.ipynb was changed since this pipeline began; "
+                                "start `dvc repro` again")
+
+
 def run(name: str, preset: str) -> None:
-    """Run one notebook for real. Raises what the notebook raises; the executed copy stays."""
+    """Run one notebook for real. Raises what the notebook raises; the executed copy stays.
+
+    DVC looks at code and settings after a stage. So one that was edited meanwhile is an error:
+    nobody could tell what the results are of.
+    """
     source = notebooks.FOLDER / f"{name}.ipynb"
     notebook = notebooks.read(source)
     values = load_stage_params(name, preset, notebook)
+    check_copy(name)
+    before = inputs_of(name, preset, values)
+    resumed = any((ROOT / "outputs/.resume" / preset / name).glob("*/*/"))
     out_dir = ROOT / values["out_dir"]
     out_dir.mkdir(parents=True, exist_ok=True)
     num_threads = (defaults_of(notebook) | values).get("num_threads", 1)
@@ -70,9 +103,21 @@ def run(name: str, preset: str) -> None:
             notebook_form.drop_measured(executed)
             notebooks.write(target, executed)
     seconds = time.monotonic() - start
+    after = inputs_of(name, preset, values)
+    if edited := sorted(file for file in before | after if before.get(file) != after.get(file)):
+        raise NotebookError(f"{', '.join(edited)} was changed while {name} ran; run it again")
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
-    record_cost(preset, name, seconds, peak_kib)
+    if not resumed:  # else it would be the cost of the rest
+        _record(preset, name, seconds, peak_kib)
     print(f"{name}: done in {seconds:.0f} s, largest process {peak_kib / 2**20:.2f} GiB")
+
+
+def _record(preset, name, seconds, peak_kib) -> None:
+    """Store what the run cost. A file in a merge, or a full disk, costs no finished run."""
+    try:
+        record_cost(preset, name, seconds, peak_kib)
+    except (OSError, ValueError) as error:
+        print(f"{name}: its cost is not recorded in {costs_path(preset)}: {error}", file=sys.stderr)
 
 
 def _execute(source, target, values) -> None:
