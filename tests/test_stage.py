@@ -10,7 +10,7 @@ import yaml
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tlv import ROOT, code_copy, costs, notebook_form, notebooks, stage
+from tlv import ROOT, code_copy, costs, notebook_form, notebooks, stage, stage_inputs
 from tlv.code_copy import code_only
 from tlv.notebook_parameters import NotebookError, parameters
 
@@ -38,7 +38,7 @@ def root(tmp_path, monkeypatch):
     before = dict(os.environ)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "params" / "tiny").mkdir(parents=True)
-    for module in (notebooks, stage, costs):
+    for module in (notebooks, stage, stage_inputs, costs):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(notebooks, "FOLDER", tmp_path / "notebooks")
     yield tmp_path

@@ -5,8 +5,6 @@ outputs/tiny/NN_name/run.ipynb.
 """
 
 import argparse
-import hashlib
-import json
 import logging
 import os
 import re
@@ -15,7 +13,6 @@ import sys
 import time
 
 from tlv import ROOT, notebook_form, notebooks
-from tlv.code_copy import code_only
 from tlv.config import ConfigError, load_params
 from tlv.costs import costs_path, record_cost
 from tlv.notebook_parameters import (
@@ -24,7 +21,7 @@ from tlv.notebook_parameters import (
     defaults_of,
     parameters,
 )
-from tlv.pipeline import stage_modules
+from tlv.stage_inputs import check_copy, inputs_of
 
 # What makes a run a real one.
 SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips|samples|trials)$|"
@@ -55,26 +52,6 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
     return values
 
 
-def inputs_of(name: str, preset: str, values: dict) -> dict[str, str]:
-    """What a person may edit and the results follow from: file -> digest of what counts in it."""
-    code = code_only(notebooks.read(notebooks.FOLDER / f"{name}.ipynb"))
-    settings = {v for v in values.values() if isinstance(v, str) and v.startswith("params/")}
-    files = {f"params/{preset}/{name}.yaml", *settings, *stage_modules(name, ROOT)}
-    found = {f"notebooks/{name}.ipynb": json.dumps(code).encode()}
-    found |= {file: (ROOT / file).read_bytes() for file in sorted(files) if (ROOT / file).is_file()}
-    return {file: hashlib.sha256(content).hexdigest() for file, content in found.items()}
-
-
-def check_copy(name: str) -> None:
-    """Refuse a notebook that is no longer what DVC takes it for, in a run that DVC started."""
-    copy = ROOT / "outputs/.code" / f"{name}.ipynb"
-    if "DVC_STAGE" in os.environ and copy.is_file():
-        code = code_only(notebooks.read(notebooks.FOLDER / f"{name}.ipynb"))
-        if json.loads(copy.read_text()) != code:
-            raise NotebookError(f"notebooks/{name}.ipynb was changed since this pipeline began; "
-                                "start `dvc repro` again")
-
-
 def run(name: str, preset: str) -> None:
     """Run one notebook for real. Raises what the notebook raises; the executed copy stays.
 
@@ -84,12 +61,13 @@ def run(name: str, preset: str) -> None:
     source = notebooks.FOLDER / f"{name}.ipynb"
     notebook = notebooks.read(source)
     values = load_stage_params(name, preset, notebook)
+    given = defaults_of(notebook) | values
     check_copy(name)
-    before = inputs_of(name, preset, values)
+    before = inputs_of(name, preset, given)
     resumed = any((ROOT / "outputs/.resume" / preset / name).glob("*/*/"))
     out_dir = ROOT / values["out_dir"]
     out_dir.mkdir(parents=True, exist_ok=True)
-    num_threads = (defaults_of(notebook) | values).get("num_threads", 1)
+    num_threads = given.get("num_threads", 1)
     # Progress bars stay, for who watches, but redraw every 5 s: in a log each is a line.
     os.environ.update(notebooks.environment(num_threads) | {"TQDM_MININTERVAL": "5"})
     target, start = out_dir / "run.ipynb", time.monotonic()
@@ -103,7 +81,7 @@ def run(name: str, preset: str) -> None:
             notebook_form.drop_measured(executed)
             notebooks.write(target, executed)
     seconds = time.monotonic() - start
-    after = inputs_of(name, preset, values)
+    after = inputs_of(name, preset, given)
     if edited := sorted(file for file in before | after if before.get(file) != after.get(file)):
         raise NotebookError(f"{', '.join(edited)} was changed while {name} ran; run it again")
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
