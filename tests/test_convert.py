@@ -16,18 +16,12 @@ from toy_tokenizer import make_tokenizer, write_sentencepiece, write_slow
 from transformers import AutoConfig, AutoTokenizer
 
 from tlv.builders import load_model
-from tlv.convert import (
-    convert,
-    main,
-    make_image_processor,
-    read_vision_config,
-    translate_config,
-    unseen_names,
-)
+from tlv.convert import convert, main, make_image_processor, unseen_names
 from tlv.designs import ENCODERS, count_parameters, count_tokens, paper_config
 from tlv.model import TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
 from tlv.published import LEGACY_LLMS, PARTS, rename
+from tlv.published_config import read_vision_config, translate_config
 from tlv.templates import render
 from tlv.vision import picture_size
 
