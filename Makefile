@@ -32,7 +32,7 @@ long: venv ## notebook 06 on the whole grid: all selections and mergings, clips 
 	python -m tlv.stage run 06_long_video --preset tiny/long
 
 lab: venv ## open the notebooks in JupyterLab
-	jupyter lab --LabApp.default_url=/lab/tree/notebooks
+	python -m tlv.lab
 
 notebooks: venv ## run every notebook at smoke scale and store its outputs and costs in place
 	python -m tlv.notebooks refresh
