@@ -20,6 +20,7 @@ from tlv.convert import convert, main, make_image_processor, unseen_names
 from tlv.designs import ENCODERS, count_parameters, count_tokens, paper_config
 from tlv.model import TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError
+from tlv.processor import TlvProcessor
 from tlv.published import LEGACY_LLMS, PARTS, rename
 from tlv.published_config import read_vision_config, translate_config
 from tlv.templates import render
@@ -246,7 +247,7 @@ def test_shards_and_pickles_of_tensors_give_the_same_model(form, write, tmp_path
     assert torch.equal(a, b)
     (source / f"{stem}-00002-of-00002.{form}").unlink()
     with pytest.raises(ModelFolderError, match="00002-of-00002.* is not there; the copy is unf"):
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "again")
 
 
 def test_a_pickle_of_code_is_not_run(write, tmp_path):
@@ -832,7 +833,7 @@ def test_a_flat_openelm_checkpoint(write, tmp_path, clip_frames):
     del weights["language_model.transformer.layers.1.attn.q_norm.weight"]
     source = write(weights, "torn", connector_type="mlp2x_gelu", text_config=text)
     with pytest.raises(ModelFolderError, match="1 weights are missing: .*layers.1.attn.q_norm"):
-        convert(source, tmp_path / "out", template="llama", tokenizer_dir=tmp_path / "published")
+        convert(source, tmp_path / "again", template="llama", tokenizer_dir=tmp_path / "published")
 
 
 def test_any_other_missing_unknown_or_misshapen_weight_is_an_error(write, tmp_path):
@@ -907,29 +908,54 @@ def test_folders_that_cannot_be_converted_say_why(changes, message, write, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_two_weights_of_one_name_are_refused(write, tmp_path):
+    weights = make_weights()
+    name = next(name for name in weights if "connector" in name)
+    source = write(weights)
+    files = {"1.safetensors": weights, "2.safetensors": {name: weights[name] + 1}}
+    for file, part in files.items():
+        save_file(part, source / file)
+    (source / "model.safetensors").unlink()
+    index = {"weight_map": {key: "1.safetensors" for key in weights} | {"x": "2.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match=f"there are two weights {name}"):
+        convert(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize("place, message", [
-    (".", "holds the source"), ("published", "holds the source"), ("thesis", "not from here"),
-    ("thesis/a.txt", "not from here"), ("free", "free.old is in the way"),
+    (".", "holds the source"), ("published", "holds the source"), ("thesis", "is there already"),
+    ("thesis/config.json", "is there already"), ("link", "thesis is there already"),
 ])  # fmt: skip
 def test_nothing_is_lost_where_a_model_is_written(place, message, write, tmp_path):
     source = write(make_weights())
-    for name in ("thesis", "free.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.txt").write_text("a year's work")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/config.json").write_text('{"model_type": "tlv"}')  # a year's work
+    (tmp_path / "link").symlink_to("thesis")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ModelFolderError, match=message):
         convert(source, tmp_path / place)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_only_what_was_converted_is_replaced(write, tmp_path):
-    source, out = write(make_weights()), tmp_path / "out"
-    out.mkdir()  # empty
-    for num_frames in (4, 8):
-        assert convert(source, out, num_frames=num_frames).num_frames == num_frames
-    assert load_model(out)[0].config.num_frames == 8
+def test_a_model_is_written_whole_or_not_at_all(write, tmp_path, monkeypatch):
+    source, out, link = write(make_weights()), tmp_path / "new/out", tmp_path / "link"
+    out.mkdir(parents=True)  # empty
+    for name in ("out.tmp", "out.old"):
+        (tmp_path / "new" / name).mkdir()
+    link.symlink_to(out)
     with pytest.raises(ValueError, match="TlvConfig has no field num_fraems"):
-        convert(source, out, num_fraems=4)
+        convert(source, link, num_fraems=4)
+
+    def is_full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TlvProcessor, "save_pretrained", is_full)
+        assert main([str(source), str(link)]) == 1
+    assert not list(out.iterdir())
+    assert convert(source, link, num_frames=4).num_frames == 4
+    assert load_model(link)[0].config.num_frames == 4 and link.is_symlink()
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"out", "out.tmp", "out.old"}
 
 
 def test_the_machines_paths_stay_out_of_the_model(write, write_mof, tmp_path):
@@ -1029,7 +1055,7 @@ def test_the_command_reads_frames_by_the_second(write, tmp_path, capsys):
     assert "--num-frames says nothing with --sampling fps" in capsys.readouterr().err
     for options in (["--num-frames", "0"], ["--sampling", "fps", "--fps", "0"]):
         assert main([source, str(tmp_path / "none"), *options]) == 1
-        assert "must be more than 0" in capsys.readouterr().out
+        assert re.match(r"(num_frames|fps) = 0(\.0)? must be more than 0", capsys.readouterr().out)
 
 
 def test_the_published_list_of_920_names_is_ours(published_keys):

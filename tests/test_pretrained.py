@@ -157,6 +157,7 @@ def test_pickled_weights_are_not_read_and_how_to_rewrite_them_is_told(llm_dir, t
     folder = shutil.copytree(llm_dir, tmp_path / "llm")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied, as .bin files have it
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(ModelFolderError, match="pytorch_model.bin is there, .* Rewrite it: ") as e:
         load_pretrained(AutoModelForCausalLM, folder, "llm_dir")

@@ -9,8 +9,10 @@ is unpickled, downloaded or run from the folder. Taught in notebook 02.
 import argparse
 import json
 import logging
+import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tlv.builders import build_processor, check_fields, make_generation_config
-from tlv.files import draft_of
 from tlv.model import TlvConfig, TlvForConditionalGeneration
 from tlv.pretrained import ModelFolderError, load_part, quiet, read_json
 from tlv.published import collect, find_layout, rename
@@ -114,9 +115,9 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
 
     Frames, template, feature layer and patch flag are carried over or follow from the checkpoint;
     `fields` of TlvConfig overrule them. Returns the config. Raises ModelFolderError, ValueError
-    for a wrong field. What this wrote to `out` before is replaced, and nothing else.
+    for a wrong field. Nothing is replaced: `out` must be new, or an empty folder.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), Path(out).resolve()
     check_fields(fields)
     _check_place(source, out)
     layout = find_layout(source)
@@ -138,34 +139,23 @@ def convert(source, out, *, vision_dir=None, second_vision_dir=None, tokenizer_d
     model.generation_config = make_generation_config(config, tokenizer)
     images = make_image_processor(source, config.vision_config)
     processor = build_processor(config, model.connector, images, tokenizer)
-    with draft_of(out) as draft:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+        draft = Path(place) / out.name
         model.save_pretrained(draft, state_dict=weights)
         processor.save_pretrained(draft)
+        os.sync()  # all of it is on the disk before it has its name
+        os.replace(draft, out)
     return config
 
 
 def _check_place(source: Path, out: Path) -> None:
-    """Refuse an `out` where something would be lost: it and what stands in for it are replaced."""
-    place = out.resolve()
-    if source.resolve().is_relative_to(place):
-        raise ModelFolderError(f"out = {out} holds the source {source}, which would be lost; name "
-                               "a new folder")
-    if place.exists() and not _is_replaceable(place):
-        raise ModelFolderError(f"out = {out} is there, and not from here; name a new folder")
-    for beside in (place.with_name(place.name + ending) for ending in (".tmp", ".old")):
-        if beside.exists():
-            raise ModelFolderError(f"{beside} is in the way, of an earlier try perhaps; delete it "
-                                   "or name another folder")
-
-
-def _is_replaceable(place: Path) -> bool:
-    """Is it an empty folder, or one that `convert` wrote?"""
-    if not place.is_dir() or not any(place.iterdir()):
-        return place.is_dir()
-    try:
-        return read_json(place / "config.json", "out").get("model_type") == TlvConfig.model_type
-    except ModelFolderError:
-        return False
+    """Refuse an `out` where something is already."""
+    if source.resolve().is_relative_to(out):
+        raise ModelFolderError(f"out = {out} holds the source {source}; name a new folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ModelFolderError(f"out = {out} is there already, and nothing is replaced; name a new "
+                               "folder, or delete this one")
 
 
 def main(arguments=None) -> int:
@@ -190,7 +180,7 @@ def main(arguments=None) -> int:
         parser.error("--fps and --max-frames say nothing without --sampling fps")
     try:
         config = convert(options.pop("source"), options.pop("out"), **options)
-    except ValueError as error:  # of the folder, or of a template that does not go with it
+    except (ValueError, OSError) as error:  # of the folder, of a template that does not fit, a disk
         print(error)
         return 1
     print(json.dumps({key: getattr(config, key) for key in (

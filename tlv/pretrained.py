@@ -74,7 +74,8 @@ def rewritten(folder: Path, old: str, new: str) -> str:
     if not (folder / old).is_file():
         return ""
     return (f", but {old} is there, which may run code when it is read. Rewrite it: safetensors."
-            f"torch.save_file(torch.load('{old}', weights_only=True), '{new}')")
+            f"torch.save_file({{k: v.clone() for k, v in torch.load('{old}', weights_only=True)"
+            f".items()}}, '{new}')")
 
 
 def read_shards(index: Path, what: str) -> list[str]:

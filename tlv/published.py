@@ -71,10 +71,21 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         files = read_shards(index, "source") if index.is_file() else []
         files = files or [f"{stem}.{ending}"] * (folder / f"{stem}.{ending}").is_file()
         if files:
-            weights = {k: v for name in files for k, v in _read_file(folder / name).items()}
+            pairs = (pair for name in files for pair in _read_file(folder / name).items())
+            weights = _by_name(folder, pairs)
             return _floats(folder, {k: v for k, v in weights.items() if not IGNORED.search(k)})
     raise ModelFolderError(f"{folder}: no weights in it (model.safetensors or pytorch_model.bin, "
                            "or an index of several)")
+
+
+def _by_name(folder: Path, pairs) -> dict[str, torch.Tensor]:
+    """A dict of weights, none of which may hide another."""
+    weights = {}
+    for name, tensor in pairs:
+        if name in weights:
+            raise ModelFolderError(f"{folder}: there are two weights {name}; one is expected")
+        weights[name] = tensor
+    return weights
 
 
 def _floats(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,11 +111,11 @@ def collect(source: Path, layout: str) -> dict[str, torch.Tensor]:
     if layout == "flat":
         return read_weights(source)
     if layout == "legacy":
-        return {_modernise(name): tensor for name, tensor in read_weights(source).items()}
-    weights = {}
-    for part, prefix in PARTS.items():
-        for name, tensor in read_weights(source / part).items():
-            weights[prefix + name.replace(".base_layer.", ".")] = tensor
+        return _by_name(source, ((_modernise(k), v) for k, v in read_weights(source).items()))
+    weights = _by_name(source, (
+        (prefix + name.replace(".base_layer.", "."), tensor)
+        for part, prefix in PARTS.items() for name, tensor in read_weights(source / part).items()
+    ))  # fmt: skip
     if layout == "lora":
         merge_adapter(source, weights)
     return weights

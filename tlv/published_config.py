@@ -143,6 +143,8 @@ def translate_config(source, raw, layout, tokenizer, *, vision_dir=None, second_
         return TlvConfig(vision_config=vision, text_config=text,
                          video_token_id=video_token_id(tokenizer), **(carried | fields))
     except Exception as error:  # a value of another type, named by our field
+        if any(str(error).startswith(name) for name in fields):
+            raise  # it is the caller's
         raise ModelFolderError(f"{source}: its config.json makes no model: {str(error)[:300]}"
                                ) from error  # fmt: skip
 
