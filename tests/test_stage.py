@@ -284,6 +284,21 @@ def test_what_is_edited_while_a_stage_runs_is_no_longer_what_it_ran(root, monkey
         stage.run("00_x", "tiny")
     monkeypatch.setattr(stage, "_execute", lambda *_: None)
     stage.run("00_x", "tiny")
+    write_comment = lambda *_: (root / "params/launch.yaml").write_text(  # noqa: E731
+        (root / "params/launch.yaml").read_text() + "# why\n"
+    )
+    monkeypatch.setattr(stage, "_execute", write_comment)
+    stage.run("00_x", "tiny")  # DVC, too, compares values
+    torn = lambda *_: (root / "notebooks/00_x.ipynb").write_text('{"cells": [')  # noqa: E731
+    monkeypatch.setattr(stage, "_execute", torn)
+    with pytest.raises(NotebookError, match="00_x.ipynb was changed while 00_x ran"):
+        stage.run("00_x", "tiny")
+
+
+def test_a_notebook_that_is_no_plain_python_is_named_before_it_runs(root):
+    write(root, "%%time\nprint(seed)")
+    with pytest.raises(NotebookError, match="notebooks/00_x.ipynb, or a module .* %%time"):
+        stage.run("00_x", "tiny")
 
 
 def test_a_notebook_edited_since_the_pipeline_began_is_not_run(root, monkeypatch):
@@ -314,9 +329,18 @@ def test_costs_that_cannot_be_written_cost_no_finished_run(root, monkeypatch, ca
 def test_the_rest_of_a_run_that_was_killed_is_not_recorded_as_its_cost(root, monkeypatch):
     write(root)
     monkeypatch.setattr(stage, "_execute", lambda *_: None)
-    (root / "outputs/.resume/tiny/00_x/hash/step_5").mkdir(parents=True)
+    (root / "outputs/.resume/tiny/00_x/models/learned/0123456789abcdef/step-5").mkdir(parents=True)
     stage.run("00_x", "tiny")
     assert costs.read_costs("tiny") == {}
+
+
+def test_what_a_finished_run_leaves_is_no_unfinished_one(root, monkeypatch):
+    write(root)
+    monkeypatch.setattr(stage, "_execute", lambda *_: None)
+    (root / "outputs/.resume/tiny/00_x/models/learned").mkdir(parents=True)
+    (root / "outputs/.resume/tiny/00_x/models/learned/train.log").write_text("")
+    stage.run("00_x", "tiny")
+    assert "00_x" in costs.read_costs("tiny")
 
 
 # ---- kernels --------------------------------------------------------------------------------

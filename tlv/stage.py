@@ -21,7 +21,7 @@ from tlv.notebook_parameters import (
     defaults_of,
     parameters,
 )
-from tlv.stage_inputs import check_copy, inputs_of
+from tlv.stage_inputs import check_copy, digests, files_of
 
 # What makes a run a real one.
 SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips|samples|trials)$|"
@@ -63,8 +63,9 @@ def run(name: str, preset: str) -> None:
     values = load_stage_params(name, preset, notebook)
     given = defaults_of(notebook) | values
     check_copy(name)
-    before = inputs_of(name, preset, given)
-    resumed = any((ROOT / "outputs/.resume" / preset / name).glob("*/*/"))
+    before = digests(files_of(name, preset, given))
+    # A finished run leaves its settings there, an unfinished one its steps.
+    resumed = any((ROOT / "outputs/.resume" / preset / name).rglob("step-*[0-9]/"))
     out_dir = ROOT / values["out_dir"]
     out_dir.mkdir(parents=True, exist_ok=True)
     num_threads = given.get("num_threads", 1)
@@ -81,8 +82,8 @@ def run(name: str, preset: str) -> None:
             notebook_form.drop_measured(executed)
             notebooks.write(target, executed)
     seconds = time.monotonic() - start
-    after = inputs_of(name, preset, given)
-    if edited := sorted(file for file in before | after if before.get(file) != after.get(file)):
+    after = digests(before)
+    if edited := sorted(file for file in before if before[file] != after[file]):
         raise NotebookError(f"{', '.join(edited)} was changed while {name} ran; run it again")
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
     if not resumed:  # else it would be the cost of the rest

@@ -9,18 +9,41 @@ import os
 
 from tlv import ROOT, notebooks
 from tlv.code_copy import code_only
+from tlv.config import load_params
 from tlv.notebook_parameters import NotebookError
 from tlv.pipeline import stage_modules
 
 
-def inputs_of(name: str, preset: str, given: dict) -> dict[str, str]:
-    """File -> digest of what counts in it. `given`: all parameters, which may name other files."""
-    code = code_only(notebooks.read(notebooks.FOLDER / f"{name}.ipynb"))
+def files_of(name: str, preset: str, given: dict) -> list[str]:
+    """The files. `given`: all parameters, which may name other files. Raises NotebookError."""
     settings = {v for v in given.values() if isinstance(v, str) and v.startswith("params/")}
-    files = {f"params/{preset}/{name}.yaml", *settings, *stage_modules(name, ROOT)}
-    found = {f"notebooks/{name}.ipynb": json.dumps(code).encode()}
-    found |= {file: (ROOT / file).read_bytes() for file in sorted(files) if (ROOT / file).is_file()}
-    return {file: hashlib.sha256(content).hexdigest() for file, content in found.items()}
+    try:
+        modules = stage_modules(name, ROOT)
+    except SyntaxError as error:
+        raise NotebookError(f"notebooks/{name}.ipynb, or a module of tlv that it needs, is not "
+                            f"plain Python: {error.text or error!s}") from error  # fmt: skip
+    return sorted({f"notebooks/{name}.ipynb", f"params/{preset}/{name}.yaml", *settings, *modules})
+
+
+def digests(files) -> dict[str, str]:
+    """File -> digest of what counts in it; "unreadable" for one that a person is writing."""
+    found = {}
+    for file in files:
+        try:
+            found[file] = hashlib.sha256(_content(file)).hexdigest()
+        except (OSError, ValueError, KeyError):
+            found[file] = "unreadable"
+    return found
+
+
+def _content(file: str) -> bytes:
+    """Of a notebook its code, of settings their values (as DVC compares both), of others all."""
+    path = ROOT / file
+    if path.suffix == ".ipynb":
+        return json.dumps(code_only(json.loads(path.read_text()))).encode()
+    if path.suffix == ".yaml":
+        return json.dumps(load_params(path), sort_keys=True, default=str).encode()
+    return path.read_bytes()
 
 
 def check_copy(name: str) -> None:
