@@ -298,6 +298,16 @@ def test_a_clip_that_is_not_there_is_told(tmp_path, model_dir, capsys):
     assert json.loads((tmp_path / "out/metrics.json").read_text())["num_errors"] == 1
 
 
+def test_answers_and_options_may_be_numbers(tmp_path):
+    MAKERS["mmvu"](tmp_path)
+    rows = json.loads((tmp_path / "validation.json").read_text())
+    rows[0]["choices"], rows[1]["answer"] = {"A": 1, "B": 2}, 12
+    put(tmp_path / "validation.json", rows)
+    benchmark = run.find("mmvu")
+    questions = benchmark.read(tmp_path)
+    assert benchmark.score(questions, ["A", "It is 12."])["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("option, value", [("--limit", "0"), ("--limit", "-1"),
                                            ("--batch-size", "0"), ("--max-new-tokens", "no")])
 def test_a_count_below_one_is_refused(option, value, tmp_path, capsys):
@@ -315,6 +325,8 @@ def test_a_count_below_one_is_refused(option, value, tmp_path, capsys):
     ("mlvu", lambda f: put(f / "json/3_ego.json", [
         {"video": "a", "question": "?", "candidates": None, "answer": "y"}]),
      "a row is not as the published files of mlvu have it: TypeError"),
+    ("mme", lambda f: next(f.rglob("*.txt")).write_text("no tab"),
+     "a row is not as the published files of mme have it: ValueError"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_told_before_anything_is_asked(name, change, message, tmp_path,
                                                                 model_dir, monkeypatch, capsys):

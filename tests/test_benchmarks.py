@@ -314,7 +314,9 @@ def test_mmmu_scores_both_kinds():
     "said, value",
     [("0.5", 0.5), (1, 1.0), ("0.0 | because", 0.0), ("1.0\n", 1.0), ("1.5", None), ("good", None),
      ("", None), ("10", None), ("1/10", None), ("1 out of 10", None), ("0.8. good", 0.8),
-     (1e-05, 1e-05), ("1e-05", None), ("0.85/1", None), (7, None), ("1.5.2", None)],
+     (1e-05, 1e-05), ("1e-05", None), ("0.85/1", None), (7, None), ("1.5.2", None),
+     ("1%", None), ("1,0", None), ("1-2", None), ("1 (of 10)", None), ("1E-3", None),
+     ("0.8 (mostly right)", 0.8), ("0.5, for its first half", 0.5)],
 )  # fmt: skip
 def test_scores_of_a_judge(said, value):
     assert mm_vet.parse_score(said) == value

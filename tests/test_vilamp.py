@@ -346,6 +346,13 @@ def test_a_clip_beyond_the_context_costs_its_own_questions_alone(long_model, pat
     assert (beyond.text, beyond.error) == ("", "300 frames are too many") and blind.error == ""
 
 
+def test_a_question_beyond_the_context_costs_no_other_of_its_clip(long_model, path):
+    head = {"video": path.name, "form": "free", "answer": "", "options": [], "query": "red"}
+    rows = [{**head, "question": text} for text in ("Where?", "word " * 1200, "Who?")]
+    one, long, other = generate_answers(*long_model, rows, path.parent, max_new_tokens=2)
+    assert "more than the LLM's context" in long.error and one.error == other.error == ""
+
+
 def test_a_clip_all_of_whose_queries_are_refused_is_passed_over(long_model, path):
     head = {"video": path.name, "form": "free", "answer": "", "options": []}
     rows = [{**head, "question": "Where is the man who is running in the park? " * 3}]

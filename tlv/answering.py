@@ -121,22 +121,24 @@ def _answer_long(model, processor, questions, videos_dir, batch_size, max_new_to
         rows = [(questions[i]["question"], None) for i in batch]
         found |= dict(zip(batch, _generate(model, processor, rows, max_new_tokens), strict=True))
     for name in progress(sorted(set(names) - {None})):
-        its = [i for i, other in enumerate(names) if other == name]
+        path, its = Path(videos_dir) / name, [i for i, n in enumerate(names) if n == name]
         for i in its:
             try:
                 processor.selector.embed_text(queries[i])
-            except QueryError as error:
+                long_video.check_question(model, processor, path, questions[i]["question"],
+                                          max_new_tokens)
+            except (QueryError, long_video.BudgetError) as error:
                 found[i] = Answer("", error=str(error))
+            except VideoError as error:
+                found[i] = Answer("", error=error.reason)
         its = [i for i in its if i not in found]
         if not its:
             continue
         asked = [(questions[i]["question"], queries[i]) for i in its]
         try:
-            said = long_video.generate(model, processor, Path(videos_dir) / name, asked,
-                                       max_new_tokens)
-        except (VideoError, long_video.BudgetError) as error:
-            reason = error.reason if isinstance(error, VideoError) else str(error)
-            found |= {i: Answer("", error=reason) for i in its}
+            said = long_video.generate(model, processor, path, asked, max_new_tokens)
+        except VideoError as error:
+            found |= {i: Answer("", error=error.reason) for i in its}
             continue
         for i, one in zip(its, said, strict=True):
             tokens, log_probs = torch.tensor(one.tokens), torch.tensor(one.log_probs)

@@ -70,6 +70,13 @@ def _prompt(model, processor, question: str) -> list[int]:
                   num_video_tokens=1)["input_ids"]
 
 
+def check_question(model, processor, path, question: str, max_new_tokens: int) -> None:
+    """Raise BudgetError unless the LLM's context holds the clip, this question and its answer."""
+    numbers, _ = processor.plan(path)
+    num_text = len(_prompt(model, processor, question)) - 1  # without the placeholder
+    check_budget(model, processor, len(numbers), num_text + max_new_tokens)
+
+
 def check_budget(model, processor, num_frames: int, num_text: int) -> None:
     """Raise BudgetError unless the clip's video tokens and `num_text` others fit the LLM's context.
 

@@ -9,6 +9,7 @@ it. Which files FOLDER holds says each module, and data/README.md. Taught in not
 import argparse
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,13 +24,15 @@ from tlv.files import write_json, write_text
 from tlv.pretrained import ModelFolderError
 from tlv.video import VideoError
 
+WORDS = "neither yes nor no, and no letter"  # an answer that every scorer has to look at
+
 
 def ask_all(options) -> dict[str, float]:
     """Answer, write and score; the scores, empty where others give them."""
     benchmark, out = run.find(options.name), Path(options.out)
     model, processor = load_model(options.model, getattr(torch, options.dtype), what="--model")
     questions = read_questions(benchmark, options, frames_of(processor))
-    results(benchmark, options, questions, [""] * len(questions))  # says now what cannot be scored
+    results(benchmark, options, questions, [WORDS] * len(questions))  # what cannot be scored
     num_tokens = options.max_new_tokens or benchmark.MAX_NEW_TOKENS
     answers = run.answer(model.to(options.device), processor.to(options.device), questions,
                          options.folder, batch_size=options.batch_size,
@@ -57,11 +60,8 @@ def ask_all(options) -> dict[str, float]:
 
 def read_questions(benchmark, options, *num_frames) -> list:
     """The first `--limit` questions. Raises BenchmarkError for files of another form."""
-    try:
+    with published_form(options):
         questions = benchmark.read(options.folder, *num_frames)[: options.limit]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BenchmarkError(f"{options.folder}: a row is not as the published files of "
-                             f"{options.name} have it: {type(error).__name__}: {error}") from error
     if not questions:
         raise BenchmarkError(f"{options.folder}: no questions to ask")
     return questions
@@ -70,11 +70,24 @@ def read_questions(benchmark, options, *num_frames) -> list:
 def results(benchmark, options, questions, texts) -> tuple:
     """What another is sent, or None, and the scores, or {}."""
     upload, scores = None, {}
-    if hasattr(benchmark, "upload"):
-        upload = benchmark.upload(options.folder, questions, texts)
-    if hasattr(benchmark, "score"):
-        scores = benchmark.score(questions, texts)
+    with published_form(options):
+        if hasattr(benchmark, "upload"):
+            upload = benchmark.upload(options.folder, questions, texts)
+        if hasattr(benchmark, "score"):
+            scores = benchmark.score(questions, texts)
     return upload, scores
+
+
+@contextmanager
+def published_form(options):
+    """Name the folder where a row has another form than the code that reads it expects."""
+    try:
+        yield
+    except (BenchmarkError, VideoError):
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise BenchmarkError(f"{options.folder}: a row is not as the published files of "
+                             f"{options.name} have it: {type(error).__name__}: {error}") from error
 
 
 def score_judged(options) -> dict[str, float]:

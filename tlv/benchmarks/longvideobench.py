@@ -33,9 +33,10 @@ def _question(folder, row, num_frames) -> Question:
         times = []
     subtitles = read_rows(folder / "subtitles" / row["subtitle_path"])
     told = interleave(times, subtitles, row["starting_timestamp_for_subtitles"], row["duration"])
-    asked = ask_letter(f"question: \n{row['question']}", row["candidates"], "{}. {}")
+    options = tuple(map(str, row["candidates"]))
+    asked = ask_letter(f"question: \n{row['question']}", options, "{}. {}")
     return Question(row["id"], f"subtitles:{''.join(told)}\n{asked}", media,
-                    LETTERS[row["correct_choice"]], tuple(row["candidates"]),
+                    LETTERS[row["correct_choice"]], options,
                     str(row.get("duration_group", "")), rule, query=row["question"])  # fmt: skip
 
 

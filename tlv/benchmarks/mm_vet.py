@@ -34,11 +34,16 @@ def upload(folder: Path, questions, answers) -> dict[str, str]:
     return {q.id: text for q, text in zip(questions, answers, strict=True)}
 
 
+SCORE = re.compile(  # no part of 1.05, 1,5, 1-2, 1e-3, 1%, 1/10 or 1 (out of 10)
+    r"\s*([01](?:\.\d+)?)(?![.,\-]?\d|e|\s*%|\s*\(?\s*(?:/|of\b|out of\b))", re.IGNORECASE
+)
+
+
 def parse_score(said) -> float | None:
     """The judge's score: a number from 0 to 1, alone or first in a text; None for anything else."""
     if isinstance(said, int | float):
         return float(said) if 0 <= said <= 1 else None
-    found = re.match(r"\s*([01](?:\.\d+)?)(?!\.?\d|e|\s*(?:/|of\b|out of\b))", str(said))
+    found = SCORE.match(str(said))
     return float(found[1]) if found and float(found[1]) <= 1 else None
 
 

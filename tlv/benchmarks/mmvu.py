@@ -22,11 +22,11 @@ def read(folder: Path, num_frames=None) -> list[Question]:
 
 def _question(number, row) -> Question:
     is_choice = row["question_type"] == "multiple-choice"
-    options = tuple(row["choices"].values()) if is_choice else ()
+    options = tuple(map(str, row["choices"].values())) if is_choice else ()
     prompt = ask_letter(row["question"], options, "{}. {}") if is_choice else (
         f"{row['question']}\n{OPEN}")  # fmt: skip
     return Question(str(row.get("id", number)), prompt, f"videos/{_local(row['video'])}",
-                    row["answer"], options, row["question_type"])  # fmt: skip
+                    str(row["answer"]), options, row["question_type"])  # fmt: skip
 
 
 def _local(address: str) -> str:
