@@ -59,7 +59,8 @@ def test_numbers_quoted_strings_and_lists_are_read_as_meant(tmp_path):
 
 @pytest.mark.parametrize("text,message", [
     ("a: 010", "write plain digits"), ("a: 1:30", "plain digits"), ("a: 0o17", "plain digits"),
-    ("a: 1_000", "plain digits"), ("a: [1, -07]", "plain digits"),
+    ("a: 1_000", "plain digits"), ("a: 1.0_0", "plain digits"), ("a: 0x_1", "plain digits"),
+    ("a: [1, -07]", "plain digits"),
     ("flag: yes", "write true, false"), ("a: 1\na: 2", "twice"), ("a: {b: 1}", "nested"),
     ("- 1", "must be a mapping"), ("a: [1", "not valid YAML"), ("a: [1, 1e-4]", "1.0e-4")])
 def test_yaml_that_readers_would_not_agree_on_is_refused(tmp_path, text, message):

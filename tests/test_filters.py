@@ -254,6 +254,8 @@ def test_every_sample_gets_an_id_of_its_own_and_the_first_keeps_what_it_had():
     assert named["captions"][1]["video"] == "1" and pools["qa"][1] == {}  # nothing else changes
     assert with_ids(named) == (named, 0)
     Funnel(named)
+    merged, _ = with_ids({"qa": [{}, {"id": "qa#0"}, {"id": "qa#0'"}]})
+    assert [s["id"] for s in merged["qa"]] == ["qa#0''", "qa#0", "qa#0'"]
     assert with_ids({"qa": ["x"]}) == ({"qa": ["x"]}, 0)  # what is no sample the funnel refuses
 
 

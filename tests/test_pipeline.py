@@ -252,8 +252,8 @@ def test_gates_are_never_the_smoke_runs_where_a_toy_world_is_evaluated():
     for path in sorted((ROOT / "params").glob("*/00_toy_world.yaml")):
         if yaml.safe_load(path.read_text())["data_card"]:
             continue
-        for name in ("01_data_filtering", "05_evaluation", "06_long_video"):
-            known = defaults_of(notebooks.read(ROOT / f"notebooks/{name}.ipynb"))
+        for name in ("01_data_filtering", "05_evaluation", "image/05_evaluation", "06_long_video"):
+            known = defaults_of(notebooks.read(ROOT / f"notebooks/{name.split('/')[-1]}.ipynb"))
             wanted = "min_(score|free|choice|margin|hit_rate)|max_growth"
             gates = {key for key in known if re.fullmatch(wanted, key)}
             given = yaml.safe_load((path.parent / f"{name}.yaml").read_text())

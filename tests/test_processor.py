@@ -144,8 +144,9 @@ def test_clips_and_pictures_from_files(processor, clip_frames, tmp_path):
     assert torch.equal(batch["pixel_values_videos"][0], processor.process_frames(clip.frames))
 
 
-def test_one_picture_needs_no_list(processor, clip_frames, tmp_path):
-    Image.fromarray(clip_frames()[0]).save(tmp_path / "b.png")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_one_picture_needs_no_list(mode, processor, clip_frames, tmp_path):
+    Image.fromarray(clip_frames()[0]).convert(mode).save(tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as picture:
         batch = processor(text=[PROMPT], images=picture)
     listed = processor(text=[PROMPT], images=[tmp_path / "b.png"])

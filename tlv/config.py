@@ -61,7 +61,8 @@ def _check_scalar(path, key: str, node) -> None:
         sign = "" if exponent[:1] in "+-" else "+"
         right = f"{mantissa}e{sign}{exponent}"
         raise ConfigError(f"{path}: {key} = {node.value} is a string in YAML 1.1; write {right}")
-    if TWO_NUMBERS.fullmatch(node.value):
+    is_grouped = "_" in node.value and not node.tag.endswith(":str")  # 1_000, 1.0_0, 0x_1
+    if is_grouped or TWO_NUMBERS.fullmatch(node.value):
         raise ConfigError(f"{path}: {key} = {node.value} is another value in YAML 1.1 than in 1.2; "
                           "write plain digits, or quote a string")
     if node.value.lower() in YAML_11_BOOLS:

@@ -29,12 +29,16 @@ def with_ids(pools: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], int]:
     it; any other is named by its place, `pool#number`.
     """
     named, known, count = {}, set(), 0
+    own = {sample["id"] for samples in pools.values() for sample in samples if _has_id(sample)}
     for pool, samples in pools.items():
         named[pool] = []
         for number, sample in enumerate(samples):
             has_own = _has_id(sample) and sample["id"] not in known
             if isinstance(sample, dict) and not has_own:
-                sample, count = {**sample, "id": f"{pool}#{number}"}, count + 1
+                name = f"{pool}#{number}"
+                while name in own | known:
+                    name += "'"
+                sample, count = {**sample, "id": name}, count + 1
             known |= {sample["id"]} if _has_id(sample) else set()
             named[pool].append(sample)
     return named, count

@@ -205,7 +205,7 @@ class TlvProcessor(ProcessorMixin):
         """A path or frames -> (T, H, W, 3) uint8."""
         if isinstance(visual, str | Path):
             return self.sample(visual).frames
-        frames = np.asarray(visual)
+        frames = np.asarray(visual.convert("RGB") if isinstance(visual, Image.Image) else visual)
         return frames[None] if frames.ndim == 3 else frames
 
     def _tokenize(self, prompt, num_tokens, add_special_tokens) -> list[int]:
