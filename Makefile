@@ -55,5 +55,5 @@ lint: venv ## check the code's style
 	ruff check .
 
 clean: ## delete scratch files and unfinished runs; keeps .venv, results and the DVC cache
-	rm -rf book outputs/scratch outputs/.resume outputs/.code outputs/.embeddings .pytest_cache .ruff_cache
+	rm -rf book dvc_plots outputs/scratch outputs/.resume outputs/.code outputs/.embeddings .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

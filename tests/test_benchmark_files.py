@@ -326,7 +326,8 @@ def test_a_count_below_one_is_refused(option, value, tmp_path, capsys):
         {"video": "a", "question": "?", "candidates": None, "answer": "y"}]),
      "a row is not as the published files of mlvu have it: TypeError"),
     ("mme", lambda f: next(f.rglob("*.txt")).write_text("no tab"),
-     "a row is not as the published files of mme have it: ValueError"),
+     "the line ['no tab'] must be a question and its answer"),
+    ("gqa", lambda f: [path.unlink() for path in f.rglob("*.jpg")], ".jpg: no such file, nor any"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_told_before_anything_is_asked(name, change, message, tmp_path,
                                                                 model_dir, monkeypatch, capsys):

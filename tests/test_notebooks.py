@@ -39,6 +39,7 @@ from tlv.manifest import load_samples
 from tlv.notebook_parameters import defaults_of
 from tlv.notebook_style import lint
 from tlv.pretrained import ModelFolderError
+from tlv.stage import load_stage_params
 from tlv.toy_data import make_world
 
 MANY = pytest.mark.skipif("TLV_ALL_TESTS" not in os.environ,
@@ -222,6 +223,15 @@ def test_a_wrong_parameter_is_named_where_a_notebook_is_set_up(number, given, me
     values = defaults_of(notebooks.read(notebooks.FOLDER / f"{NAMES[number]}.ipynb")) | given
     with pytest.raises(ConfigError, match=message):
         exec(find_cell(NAMES[number], "torch.set_num_threads(num_threads)"), values)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "gpu", "own", "paper"])
+def test_every_presets_parameters_pass_the_checks_of_the_first_notebook(preset, tmp_path):
+    notebook = notebooks.read(notebooks.FOLDER / f"{NAMES[0]}.ipynb")
+    values = defaults_of(notebook) | load_stage_params(NAMES[0], preset, notebook)
+    source = find_cell(NAMES[0], "torch.set_num_threads(num_threads)")
+    exec(source, values | {"out_dir": str(tmp_path), "num_threads": 1})
+    assert (tmp_path / "figures").is_dir()
 
 
 @pytest.mark.slow

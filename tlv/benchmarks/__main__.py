@@ -32,6 +32,10 @@ def ask_all(options) -> dict[str, float]:
     benchmark, out = run.find(options.name), Path(options.out)
     model, processor = load_model(options.model, getattr(torch, options.dtype), what="--model")
     questions = read_questions(benchmark, options, frames_of(processor))
+    shown = [question.media for question in questions if question.media is not None]
+    if shown and not any((options.folder / media).exists() for media in shown):
+        raise BenchmarkError(f"{options.folder / shown[0]}: no such file, nor any other that the "
+                             "questions are about; the folder tree stands in data/README.md")
     results(benchmark, options, questions, [WORDS] * len(questions))  # what cannot be scored
     num_tokens = options.max_new_tokens or benchmark.MAX_NEW_TOKENS
     answers = run.answer(model.to(options.device), processor.to(options.device), questions,

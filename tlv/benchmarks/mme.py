@@ -41,6 +41,9 @@ def _truths(picture: Path) -> dict[str, str]:
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; the folder tree stands in data/README.md")
     pairs = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    if odd := [pair for pair in pairs if len(pair) != 2]:
+        raise BenchmarkError(f"{path}: the line {odd[0]} must be a question and its answer with a "
+                             "tab between them")
     return {_plain(question): truth.strip() for question, truth in pairs}
 
 
