@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tlv.ask import answer, main
+from tlv.ask import answer, ask, main
 from tlv.mp4 import write_video
 from tlv.templates import render
 
@@ -48,6 +48,11 @@ def test_a_picture(tmp_path, clip_frames, model_dir, capsys):
     assert "the picture" in capsys.readouterr().out
 
 
+def test_an_empty_answer_is_said(clip, model_dir, monkeypatch):
+    monkeypatch.setattr("tlv.ask.answer", lambda *others: "")
+    assert ask(clip, "What?", model_dir).startswith("(no answer: the model ended at once)\nframes")
+
+
 @pytest.mark.slow
 def test_as_a_user_runs_it(clip, model_dir):
     command = [sys.executable, "-m", "tlv.ask", str(clip), "Where?", "--model", str(model_dir),
@@ -68,6 +73,7 @@ def test_bad_inputs_end_in_one_line(clip, model_dir, llm_dir, tmp_path, capsys):
         (torn, "What?", model_dir, "torn.mp4: "),
         (tmp_path / "no.mp4", "What?", model_dir, "no.mp4: no such file"),
         (clip, " ", model_dir, "the question is empty"),
+        (clip, "why " * 900, model_dir, "more than the LLM's context of "),
     ]
     for path, question, folder, message in cases:
         assert main([str(path), question, "--model", str(folder), "--device", "cpu"]) == 2
@@ -75,10 +81,12 @@ def test_bad_inputs_end_in_one_line(clip, model_dir, llm_dir, tmp_path, capsys):
         assert out == "" and message in err and err.count("\n") == 1 and err.startswith("tlv.ask: ")
 
 
-def test_a_device_that_is_not_there_is_refused_before_the_model_is_loaded(clip, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([str(clip), "What?", "--model", str(tmp_path), "--device", "gpu"])
-    assert "--device: device = 'gpu' cannot be used here; take 'auto'" in capsys.readouterr().err
+def test_a_wrong_option_is_refused_before_the_model_is_loaded(clip, tmp_path, capsys):
+    for option, message in ((("--device", "gpu"), "'gpu' cannot be used here; take 'auto'"),
+                            (("--max-new-tokens", "0"), "'0' must be a whole number from 1 on")):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(clip), "What?", "--model", str(tmp_path), *option])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

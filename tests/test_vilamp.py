@@ -5,6 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tlv import answering, long_video
 from tlv.answering import generate_answers
@@ -410,6 +411,8 @@ def test_the_command_names_the_keyframes(long_model, path, tmp_path):
         part.save_pretrained(tmp_path / "m")
     said = ask(path, "Where?", tmp_path / "m")
     assert "keyframes: 3 of the 100 frames looked at" in said
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    assert ask(tmp_path / "a.png", "Where?", tmp_path / "m").endswith("looked at: the picture")
     with pytest.raises(QueryError, match="the text encoder reads 16"):
         ask(path, "Where is the man who is running in the park? " * 3, tmp_path / "m")
 

@@ -10,22 +10,34 @@ from pathlib import Path
 import torch
 
 from tlv import long_video
+from tlv.arguments import to_count, to_device
 from tlv.builders import load_model
 from tlv.chat import query_of, with_video
-from tlv.devices import find_device
 from tlv.pretrained import ModelFolderError
 from tlv.templates import render
 from tlv.video import Clip, VideoError, is_picture
 
+NOTHING = "(no answer: the model ended at once)"
+PICTURE = "frames looked at: the picture"
+
 
 @torch.inference_mode()
 def answer(model, processor, frames, question: str, max_new_tokens: int = 64) -> str:
-    """The greedy answer to one question about frames (T, H, W, 3) uint8; None asks without."""
+    """The greedy answer to one question about frames (T, H, W, 3) uint8; None asks without.
+
+    ValueError where question, clip and answer are more than the LLM's context.
+    """
     asked = question if frames is None else with_video(question)
     prompt = render([(asked, None)], model.config.template)
     batch = processor(text=prompt, videos=[frames]).to(model.device)
+    num_asked = batch["input_ids"].shape[1]
+    context = model.config.text_config.max_position_embeddings
+    if num_asked + max_new_tokens > context:
+        raise ValueError(f"question and clip are {num_asked} tokens; with {max_new_tokens} of "
+                         f"answer that is more than the LLM's context of {context}; ask in fewer "
+                         "words")
     ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    new = ids[0, batch["input_ids"].shape[1] :]
+    new = ids[0, num_asked:]
     return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
@@ -47,28 +59,22 @@ def ask(path, question, model_dir, device="cpu", max_new_tokens=64, timeout_s=60
     if processor.selector is not None:
         return _ask_long(model.to(device), processor.to(device), path, question, max_new_tokens)
     clip = processor.sample(path, timeout_s)
-    looked = "frames looked at: the picture" if is_picture(path) else describe_frames(clip)
     said = answer(model.to(device), processor, clip.frames, question, max_new_tokens)
-    return f"{said}\n{looked}"
+    looked = PICTURE if is_picture(path) else describe_frames(clip)
+    return f"{said or NOTHING}\n{looked}"
 
 
 def _ask_long(model, processor, path, question, max_new_tokens) -> str:
     """The same from a model that chooses keyframes by the question."""
     query = query_of({}, [(question, None)])
     (said,) = long_video.generate(model, processor, path, [(question, query)], max_new_tokens)
+    text = processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip() or NOTHING
+    if is_picture(path):
+        return f"{text}\n{PICTURE}"
     numbers, seconds = processor.plan(path)
     keyframes = processor.select(path, query)[0]
     seen = ", ".join(f"{numbers[k]} ({seconds[k]:.2f} s)" for k in keyframes.tolist())
-    text = processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
     return f"{text}\nkeyframes: {len(keyframes)} of the {len(numbers)} frames looked at\n{seen}"
-
-
-def to_device(name: str) -> str:
-    """A device that can be computed on; an argparse error for another."""
-    try:
-        return find_device(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from None
 
 
 def main(arguments=None) -> int:
@@ -78,7 +84,7 @@ def main(arguments=None) -> int:
     parser.add_argument("question")
     parser.add_argument("--model", required=True, metavar="DIR",
                         help="a checkpoint, such as outputs/tiny/04_sft/checkpoint")  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--max-new-tokens", type=to_count, default=64, metavar="N")
     parser.add_argument("--device", type=to_device, default="auto", help="auto (a GPU where there "
                         "is one), cpu, cuda ...")  # fmt: skip
     a = parser.parse_args(arguments)

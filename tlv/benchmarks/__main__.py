@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tlv.ask import to_device
+from tlv.arguments import to_count, to_device
 from tlv.benchmarks import run
 from tlv.benchmarks.question import BenchmarkError
 from tlv.benchmarks.sampling import frames_of
@@ -103,13 +103,6 @@ def score_judged(options) -> dict[str, float]:
     scores = benchmark.score_judged(questions, options.judged)
     write_json(Path(options.out) / "metrics.json", {"num_questions": len(questions), **scores})
     return scores
-
-
-def to_count(text: str) -> int:
-    """A command line's count, from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return int(text)
 
 
 def main(arguments=None) -> int:
