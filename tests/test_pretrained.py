@@ -129,6 +129,13 @@ def test_a_published_checkpoint_is_to_be_converted_first(changes, trap):
             load(folder)
 
 
+def test_a_stages_folder_points_to_the_model_in_it(model_dir, tmp_path):
+    (tmp_path / "04_sft").mkdir()
+    (tmp_path / "04_sft/checkpoint").symlink_to(model_dir)
+    with pytest.raises(ModelFolderError, match="no model folder, but its checkpoint/ is one"):
+        load_model(tmp_path / "04_sft", what="--model")
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '"x"', "\x00"])
 def test_a_config_that_is_no_json_object_is_refused(text, llm_dir, tmp_path):
     (tmp_path / "config.json").write_text(text)

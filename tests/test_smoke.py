@@ -7,6 +7,7 @@ import pytest
 from tlv import ROOT, notebooks, smoke
 from tlv.builders import load_model
 from tlv.card import read_card
+from tlv.files import write_json
 from tlv.notebook_parameters import defaults_of
 
 
@@ -25,6 +26,13 @@ def test_what_is_made_on_the_spot_is_what_the_notebook_makes(name, made_with):
 def test_outside_scratch_a_missing_input_is_an_error():
     with pytest.raises(FileNotFoundError, match="run the notebook that writes it, or `dvc repro`"):
         smoke.world("outputs/no_such_preset/00_toy_world/world")
+
+
+def test_a_models_own_folder_in_place_of_its_stages_is_pointed_out(tmp_path):
+    write_json(tmp_path / "04_sft/checkpoint/config.json", {})
+    assert smoke.checkpoint(tmp_path / "04_sft") == tmp_path / "04_sft"
+    with pytest.raises(FileNotFoundError, match="is missing: take .*/04_sft$"):
+        smoke.checkpoint(tmp_path / "04_sft/checkpoint")
 
 
 @pytest.mark.slow

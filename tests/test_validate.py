@@ -14,6 +14,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from tlv import ROOT, validate, video_child
 from tlv.card import CARD_KEYS
 from tlv.config import ConfigError
+from tlv.files import write_json
 from tlv.manifest import load_questions
 
 QUESTION = {"id": "q", "video": "clip0.mp4", "type": "colour", "form": "choice",
@@ -65,6 +66,15 @@ def test_a_complete_card_has_no_problems(card, capsys):
     problems, counts = validate.check_card(card(), decode=True)
     assert problems == [] and counts["raw_qa"] == 3 and counts["test_questions"] == 1
     assert validate.main([str(card())]) == 0 and "no problems" in capsys.readouterr().out
+
+
+def test_the_paths_of_a_worlds_own_card_count_from_its_folder(card, tmp_path):
+    parts = json.loads(card().read_text())
+    inside = {key: os.path.relpath(path, tmp_path) for key, path in parts.items()}
+    write_json(tmp_path / "world.json", inside)
+    assert reasons(tmp_path / "world.json") == []
+    write_json(tmp_path / "other.json", inside)  # another card's, from the project's folder
+    assert reasons(tmp_path / "other.json")[0].endswith("is wanted")
 
 
 def test_every_problem_is_named(card, tmp_path, capsys):

@@ -11,6 +11,7 @@ from tlv import ROOT
 from tlv.config import ConfigError, load_json
 from tlv.files import write_json
 
+CARD = "world.json"  # a world folder's own
 CARD_KEYS = (
     "videos_dir", "raw_captions", "raw_qa", "val_captions", "val_qa", "test_questions",
     "vision_dir", "llm_dir",
@@ -25,7 +26,7 @@ def read_card(folder) -> dict:
     `pair_dir` is an image-text pair (SigLIP, CLIP), which filters clips and chooses frames; where a
     card does not name one, it is the encoder's folder.
     """
-    path = Path(folder) / "world.json"
+    path = Path(folder) / CARD
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no data card; run notebook 00 first (or `dvc repro`)")
     card = load_card(path)
@@ -65,7 +66,7 @@ def adopt_card(card_path, folder) -> None:
     paths = {key: ROOT / card[key] for key in PATH_KEYS if card.get(key)}
     own = {key: os.path.relpath(path, folder) if path.is_relative_to(ROOT) else str(path)
            for key, path in paths.items()}  # fmt: skip
-    write_json(folder / "world.json", card | own)
+    write_json(folder / CARD, card | own)
     write_json(folder / "digests.json", {key: _digests(path) for key, path in paths.items()
                                          if key != "videos_dir"})
 

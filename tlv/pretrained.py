@@ -31,7 +31,9 @@ def read_config(path, what: str):
         raise ModelFolderError(f"{what} = {path}: no such folder; a Hugging Face model folder "
                                "(config.json and *.safetensors) is wanted")
     if not (path / "config.json").is_file():
-        raise ModelFolderError(f"{what} = {path}: no config.json in it; it is no model folder")
+        below = sorted(found.parent.name for found in path.glob("*/config.json"))
+        raise ModelFolderError(f"{what} = {path}: no config.json in it; it is no model folder"
+                               + (f", but its {below[0]}/ is one" if below else ""))
     raw = read_json(path / "config.json", what)
     kind = raw.get("model_type")
     if kind == "tinyllava" or "TinyLlava" in str(raw.get("architectures")):

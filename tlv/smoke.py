@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tlv import ROOT
+from tlv.card import CARD, read_card
 
 SCRATCH = ROOT / "outputs" / "scratch"
 # Notebook 00's defaults: whoever makes the smoke world first, it is the same one.
@@ -31,7 +32,7 @@ MODEL = dict(
 def world(folder) -> Path:
     """The toy world of notebook 00, `world/` below its folder."""
     return _find_or_make(
-        folder, "world.json", "a small toy world with hardly trained backbones", _world
+        folder, CARD, "a small toy world with hardly trained backbones", _world
     )
 
 
@@ -55,6 +56,8 @@ def _find_or_make(folder, sign: str, what: str, make) -> Path:
     folder = ROOT / folder
     if not (folder / sign).is_file():
         if not folder.is_relative_to(SCRATCH):
+            if (folder.parent / sign).is_file():  # the model's own folder in place of its stage's
+                raise FileNotFoundError(f"{folder / sign} is missing: take {folder.parent}")
             raise FileNotFoundError(
                 f"{folder / sign} is missing: run the notebook that writes it, or `dvc repro`"
             )
@@ -102,7 +105,6 @@ def _world(folder: Path):
 
 
 def _manifest(folder: Path):
-    from tlv.card import read_card
     from tlv.files import write_json
 
     card = read_card(world(SCRATCH / "00_toy_world/world"))
@@ -114,7 +116,6 @@ def _manifest(folder: Path):
 
 def _model(folder: Path):
     from tlv.builders import build_model
-    from tlv.card import read_card
 
     card = read_card(world(SCRATCH / "00_toy_world/world"))
     built, processor = build_model(card["vision_dir"], card["llm_dir"], **MODEL)
@@ -123,8 +124,5 @@ def _model(folder: Path):
 
 
 def _checkpoint(folder: Path):
-    from shutil import copytree
-
-    copytree(
-        model(SCRATCH / "02_architecture") / "model", folder / "checkpoint", dirs_exist_ok=True
-    )
+    made = model(SCRATCH / "02_architecture") / "model"
+    shutil.copytree(made, folder / "checkpoint", dirs_exist_ok=True)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tlv import defects, questions, world
 from tlv.background import stand_back
-from tlv.card import CARD_KEYS
+from tlv.card import CARD, CARD_KEYS
 from tlv.chat import write_conversation
 from tlv.files import write_json
 from tlv.mp4 import write_video
@@ -74,8 +74,8 @@ def make_world(
     card = {"seed": seed, "truth": "truth.json", "videos_dir": "videos"}
     card |= {k: f"{k}.json" for k in CARD_KEYS[1:6]}
     card |= {"vision_dir": "backbones/vision", "llm_dir": "backbones/llm"}
-    write_json(out_dir / "world.json", card)
-    return out_dir / "world.json"
+    write_json(out_dir / CARD, card)
+    return out_dir / CARD
 
 
 def make_pictures(out_dir, *, seed: int, num_train: int, num_val: int, num_test: int):
@@ -105,8 +105,8 @@ def make_pictures(out_dir, *, seed: int, num_train: int, num_val: int, num_test:
     card |= {"raw_captions": "captions.json", "raw_qa": "qa.json"}
     card |= {key: f"{key}.json" for key in ("val_captions", "val_qa", "test_questions")}
     card |= {"vision_dir": "../backbones/vision", "llm_dir": "../backbones/llm"}
-    write_json(out_dir / "world.json", card)
-    return out_dir / "world.json"
+    write_json(out_dir / CARD, card)
+    return out_dir / CARD
 
 
 class _Names:

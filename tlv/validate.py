@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from tlv.card import load_card
+from tlv.card import CARD, load_card, read_card
 from tlv.chat import visual_of
 from tlv.config import ConfigError, load_json, resolve
 from tlv.manifest import check_question, check_sample
@@ -41,10 +41,12 @@ class Problem:
 def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     """All problems of a card, and how many samples each part holds.
 
-    `decode` also reads a frame of every clip, which takes a while. ConfigError if the card itself
-    cannot be read.
+    The paths of a world's own card, world.json, count from its folder. `decode` also reads a frame
+    of every clip, which takes a while. ConfigError if the card itself cannot be read.
     """
-    card, problems, counts, seen, broken = load_card(path), [], Counter(), {}, set()
+    path = Path(path)
+    card = read_card(path.parent) if path.name == CARD and path.is_file() else load_card(path)
+    problems, counts, seen, broken = [], Counter(), {}, set()
     videos = resolve(card["videos_dir"])
     if not videos.is_dir():
         problems.append(Problem("videos_dir", f"{videos}: no such folder"))
