@@ -48,17 +48,22 @@ def _is_target(model, part: str, name: str, matrix) -> bool:
     return part == "connector" or matrix is not model.language_model.get_output_embeddings()
 
 
+def find_bitsandbytes(form: str):
+    """The library that holds matrices in few bits, no dependency of this package. ConfigError."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(f"quantize = {form!r} needs bitsandbytes: pip install "
+                          "bitsandbytes==0.50.2, or set quantize to null") from error
+    return bitsandbytes
+
+
 def quantize(model, parts, form: str, dtype, device) -> None:
     """Put the matrices of `parts` into 8 bits ("int8") or 4 ("nf4"), for adapters to be added.
 
-    `dtype` is that of what goes through them. ConfigError without bitsandbytes, which is no
-    dependency of this package.
+    `dtype` is that of what goes through them. Raises ConfigError as `find_bitsandbytes` does.
     """
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise ConfigError(f"quantize = {form!r} needs bitsandbytes: pip install tlv[qlora], "
-                          "or set quantize to null") from error
+    bnb = find_bitsandbytes(form)
     for name in target_names(model, parts):
         old = model.get_submodule(name)
         sizes = dict(input_features=old.in_features, output_features=old.out_features,
