@@ -340,6 +340,23 @@ def test_the_rest_of_a_run_that_was_killed_is_not_recorded_as_its_cost(root, mon
     assert costs.read_costs("tiny") == {}
 
 
+def test_a_finished_training_is_kept_until_its_stage_is_done(root, monkeypatch):
+    write(root)
+    kept = root / "outputs/.resume/tiny/00_x/0123456789abcdef/finished"
+    kept.mkdir(parents=True)
+
+    def fail(*_):
+        raise RuntimeError("after the training")
+
+    monkeypatch.setattr(stage, "_execute", fail)
+    with pytest.raises(RuntimeError):
+        stage.run("00_x", "tiny")
+    assert kept.is_dir()
+    monkeypatch.setattr(stage, "_execute", lambda *_: None)
+    stage.run("00_x", "tiny")
+    assert not kept.parent.exists() and costs.read_costs("tiny") == {}
+
+
 def test_what_a_finished_run_leaves_is_no_unfinished_one(root, monkeypatch):
     write(root)
     monkeypatch.setattr(stage, "_execute", lambda *_: None)

@@ -255,6 +255,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert not list(root.glob("*/step-*"))  # nothing left behind
 
 
+def test_a_finished_run_survives_what_a_failed_stage_loses(configure, capsys):
+    """A notebook may fail after its training, and DVC deletes its outputs before the next try."""
+    config = configure(num_steps=2)
+    run(config)
+    whole = contents(config)
+    shutil.rmtree(config.out_dir)
+    assert not find_finished(dataclasses.replace(config, seed=1), LaunchConfig())
+    capsys.readouterr()
+    launch(config, LaunchConfig())
+    said = capsys.readouterr().err
+    assert "a finished run with equal settings" in said and "starting clean" not in said
+    assert contents(config) == whole
+
+
 def test_random_numbers_of_numpy_and_python_go_on_too(configure, monkeypatch):
     """As a reader's own connector may draw them."""
     answer_nll = train.answer_nll

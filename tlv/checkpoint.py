@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: a run killed at any moment leaves one that loads.
 
-Unfinished runs live in `outputs/.resume/<stage>/<fingerprint>/step-N/`, outside what DVC deletes.
+Unfinished runs live in `outputs/.resume/<stage>/<fingerprint>/step-N/`, outside what DVC deletes,
+and finished ones, until their stage is done, beside them in `finished/`.
 A folder is written as `step-N.tmp`, flushed to disk, then renamed; older ones go only after that.
 The fingerprint covers settings, annotations (not the clips), model and code: a run resumes only
 where all are equal.
@@ -22,10 +23,12 @@ import torch
 
 from tlv import ROOT
 from tlv.config import resolve
-from tlv.files import draft_of, publish, write_json
+from tlv.files import draft_of, publish, write_bytes, write_json
 from tlv.imports import modules_needed
 from tlv.train_config import as_dict
 
+FINISHED = "finished"
+LEFT = ("checkpoint", "log.jsonl", "train_config.json", "report.json")  # by a finished run
 STEP = re.compile(r"step-(\d+)")
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")  # whose versions may change a run
@@ -161,6 +164,48 @@ def load_step(engine, path: Path, ranks) -> dict:
     if "cuda" in random_state:
         torch.cuda.set_rng_state(random_state["cuda"], ranks.device)
     return json.loads((path / "state.json").read_text())
+
+
+# ---- the finished run ---------------------------------------------------------------------
+
+
+def keep_finished(out_dir: Path, folder: Path) -> None:
+    """A second way to the finished run in `out_dir`, below its `folder` of steps, which go.
+
+    What a failed stage left in `out_dir` DVC deletes before it runs the stage again, and a notebook
+    may fail after its training. Weights are linked, so that they take no room twice.
+    """
+    with draft_of(folder / FINISHED) as draft:
+        for name in LEFT:
+            _copy(out_dir / name, draft / name)
+    for step in list_steps(folder):
+        shutil.rmtree(step)
+
+
+def bring_back(folder: Path, out_dir: Path) -> bool:
+    """Put a finished run that was kept into `out_dir`; is there one?"""
+    kept = folder / FINISHED
+    if not kept.is_dir():
+        return False
+    for name in LEFT:  # the report, which vouches for all, comes last
+        _copy(kept / name, out_dir / name)
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file, or a folder of files, which are linked: nothing writes into them."""
+    if source.is_dir():
+        with draft_of(target) as draft:
+            shutil.copytree(source, draft, copy_function=_link, dirs_exist_ok=True)
+    else:
+        write_bytes(target, source.read_bytes())
+
+
+def _link(source, target) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without links
+        shutil.copy2(source, target)
 
 
 # ---- the finished model ---------------------------------------------------------------------

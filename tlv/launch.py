@@ -110,13 +110,16 @@ def environment(config: TrainConfig, launch_config: LaunchConfig, base: dict) ->
 
 def find_finished(config: TrainConfig, launch_config: LaunchConfig) -> bool:
     """Does out_dir hold the finished run of just these settings, annotations (not the clips),
-    model folder, code and versions?"""
-    out_dir = resolve(config.out_dir)
+    model folder, code and versions? One that was kept elsewhere is brought back."""
+    out_dir, root = resolve(config.out_dir), checkpoint.resume_root(config.out_dir)
     report, model = out_dir / "report.json", out_dir / "checkpoint" / "config.json"
-    if not report.is_file() or not model.is_file():
+    is_there = report.is_file() and model.is_file()
+    if not is_there and not any(root.glob(f"*/{checkpoint.FINISHED}")):
         return False
     mark = checkpoint.fingerprint(config, launch_config.world_size)
-    return load_json(report).get("fingerprint") == mark
+    if is_there and load_json(report).get("fingerprint") == mark:
+        return True
+    return checkpoint.bring_back(root / mark, out_dir)
 
 
 def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Path:

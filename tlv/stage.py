@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import sys
 import time
 
@@ -64,8 +65,9 @@ def run(name: str, preset: str) -> None:
     given = defaults_of(notebook) | values
     check_copy(name)
     before = digests(files_of(name, preset, given))
-    # A finished run leaves its settings there, an unfinished one its steps.
-    resumed = any((ROOT / "outputs/.resume" / preset / name).rglob("step-*[0-9]/"))
+    # An unfinished run leaves its steps there, a finished one its model until its stage is done.
+    trainings = ROOT / "outputs/.resume" / preset / name
+    resumed = any(any(trainings.rglob(left)) for left in ("step-*[0-9]/", "finished/"))
     out_dir = ROOT / values["out_dir"]
     out_dir.mkdir(parents=True, exist_ok=True)
     num_threads = given.get("num_threads", 1)
@@ -88,6 +90,8 @@ def run(name: str, preset: str) -> None:
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
     if not resumed:  # else it would be the cost of the rest
         _record(preset, name, seconds, peak_kib)
+    for kept in [*trainings.rglob("finished/")]:
+        shutil.rmtree(kept.parent)
     print(f"{name}: done in {seconds:.0f} s, largest process {peak_kib / 2**20:.2f} GiB")
 
 

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import math
 import os
-import shutil
 import sys
 import textwrap
 import traceback
@@ -162,7 +161,7 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
             "trained_parameters": counts, "num_bad": bad.count(is_used=False),
             "num_noted": bad.count(is_used=True), "bad_samples": bad.as_list(),
             "loss": log.last("loss"), "val_loss": log.last("val_loss")})
-        shutil.rmtree(root / mark, ignore_errors=True)
+        checkpoint.keep_finished(out_dir, root / mark)
     say(f"finished {num_steps} steps: {out_dir / 'checkpoint'}", ranks.is_first)
     ranks.barrier()  # without it the end of a ZeRO-3 run was seen to abort
     engine.destroy()
@@ -265,6 +264,8 @@ def check_inputs(config: TrainConfig) -> None:
     if config.quantize and zero.get("stage") == 3:
         raise ConfigError(f"quantize = {config.quantize!r}, but {config.zero_config} shares out "
                           "every matrix; take ZeRO 0 to 2")
+    if config.quantize:
+        lora.find_bitsandbytes(config.quantize)
 
 
 @contextlib.contextmanager
