@@ -110,6 +110,54 @@ def test_one_small_change_of_colour_is_no_copy(tmp_path):
     assert filters.find_copies(clips, clips, max_distance=80) == {}
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_copies_are_those_that_comparing_all_cells_finds(is_same):
+    """Clips of a few prototypes with noise around the limit, some broken."""
+    rng, pools = np.random.default_rng(0), []
+    kinds = rng.integers(0, 256, (5, 1, 16, 16, 3))
+    for pool in "ab":
+        noise = rng.integers(-45, 46, (60, 3, 1, 1, 3))
+        cells = np.clip(kinds[rng.integers(5, size=60)] + noise, 0, 255).astype(np.uint8)
+        pools.append({f"{pool}{k}": ClipFacts("", 1 + 0.05 * (k % 9), cell, f"{pool}{k}")
+                      for k, cell in enumerate(cells)})  # fmt: skip
+    clips, references = (pools[0], pools[0]) if is_same else pools
+    if not is_same:
+        references["torn"] = ClipFacts("not a readable video", 1.0)
+    wanted, kept = {}, {}
+    for name in sorted(clips):
+        others = kept if is_same else references
+        tenth = round(clips[name].duration * 10)
+        twins = [other for other in others if not others[other].error
+                 and abs(round(others[other].duration * 10) - tenth) <= 1
+                 and filters.clip_distance(clips[name], others[other]) <= 60]  # fmt: skip
+        if twins:
+            wanted[name] = set(twins)
+        elif is_same:
+            kept[name] = clips[name]
+    found = filters.find_copies(clips, references, max_distance=60)
+    assert found.keys() == wanted.keys() and 5 < len(found) < 60
+    assert all(found[name].of in wanted[name] for name in found)
+
+
+def test_several_readers_see_what_one_sees(tmp_path):
+    names = [f"{k}.mp4" for k in range(7)]
+    for k, name in enumerate(names):
+        write_video(tmp_path / name, world.render(scene(k)), world.FPS)
+    (tmp_path / "torn.mp4").write_bytes(b"no video")
+    names.insert(3, "torn.mp4")
+
+    def embed(frames):
+        return torch.from_numpy(frames.mean(axis=(1, 2)))
+
+    one, three = (filters.inspect_clips(tmp_path, names, embed, timeout_s=60, num_readers=number)
+                  for number in (1, 3))  # fmt: skip
+    assert list(one) == list(three) == names and one["torn.mp4"].error == three["torn.mp4"].error
+    for name in set(names) - {"torn.mp4"}:
+        assert one[name].digest == three[name].digest
+        assert np.array_equal(one[name].signature, three[name].signature)
+        assert torch.equal(one[name].embeddings, three[name].embeddings)
+
+
 def test_leaks_are_copies_of_held_out_clips_and_held_out_clips_may_repeat(tmp_path, facts):
     held = {"x.mp4": write(tmp_path / "x.mp4", scene(2), crf=30), "y.mp4": facts["4.mp4"]}
     found = filters.find_copies(facts, held, max_distance=80)
@@ -183,7 +231,7 @@ class Words:
         return type("Encoded", (), {"input_ids": ids})
 
 
-def test_losses_do_not_depend_on_the_batch_and_equal_the_model_s_own():
+def test_losses_do_not_depend_on_the_batch_and_equal_the_model_s_own(monkeypatch):
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
@@ -191,6 +239,9 @@ def test_losses_do_not_depend_on_the_batch_and_equal_the_model_s_own():
     texts = {"x": "a red circle moves left", "y": "red", "z": "moves moves a", "blank": "  "}
     together = filters.text_losses(texts, llm, Words(), batch_size=3)
     alone = filters.text_losses(texts, llm, Words(), batch_size=1)
+    monkeypatch.setattr(filters, "MAX_CHARACTERS", 2 * max(map(len, texts.values())))
+    few = filters.text_losses(texts, llm, Words(), batch_size=3)
+    assert few == pytest.approx(alone, rel=1e-4)
     assert together.keys() == {"x", "y", "z"}
     ids = torch.tensor([[0, 1, 2, 3, 4, 5]])
     assert together["x"] == pytest.approx(llm(input_ids=ids, labels=ids).loss.item(), abs=1e-5)

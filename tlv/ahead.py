@@ -11,12 +11,12 @@ import torch
 from tlv.video import VideoError
 
 
-def read_ahead(read, names, num_ahead: int = 4):
-    """Yields read(name) for every name in order, a few of them read early; a VideoError in place of
-    a clip that gave one.
+def read_ahead(read, names, num_readers: int = 1, num_ahead: int = 4):
+    """Yields read(name) for every name in order, a few of them read early by `num_readers` threads;
+    a VideoError in place of a clip that gave one.
 
-    Until the last one torch computes with one thread less, which is left to the decoder: threads
-    that wait for each other on too few cores take twice as long.
+    Until the last one torch computes with as many threads less, which are left to the decoders:
+    threads that wait for each other on too few cores take twice as long.
     """
 
     def attempt(name):
@@ -26,13 +26,14 @@ def read_ahead(read, names, num_ahead: int = 4):
             return error
 
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, num_threads - 1))
+    torch.set_num_threads(max(1, num_threads - num_readers))
     try:
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(num_readers, initializer=torch.set_num_threads,
+                                initargs=(1,)) as pool:  # fmt: skip
             waiting = deque()
             for name in names:
                 waiting.append(pool.submit(attempt, name))
-                if len(waiting) > num_ahead:
+                if len(waiting) >= num_ahead + num_readers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -9,6 +9,7 @@ records alone. Taught in notebook 05.
 import re
 import string
 from collections import Counter, defaultdict
+from functools import cache
 
 import numpy as np
 
@@ -113,15 +114,24 @@ def majority_answers(turns: list[tuple[str, str]], questions: list[dict]) -> lis
     counts: dict[str, Counter] = defaultdict(Counter)
     for question, answer in turns:
         counts[opening(question)][normalise(in_words(question, answer))] += 1
-    every = sum(counts.values(), Counter())
+    every = Counter()
+    for seen in counts.values():
+        every.update(seen)
+
+    @cache
+    def first(words: str) -> str:
+        seen = counts.get(words, every)
+        return min(seen, key=lambda answer: (-seen[answer], answer), default="")
+
     answers = []
     for question in questions:
-        seen = counts.get(opening(question["question"]), every)
+        words = opening(question["question"])
         if question["form"] == "choice":
+            seen = counts.get(words, every)
             votes = [seen[normalise(option)] for option in question["options"]]
             answers.append(Answer(LETTERS[int(np.argmax(votes))]))
         else:
-            answers.append(Answer(min(seen, key=lambda a: (-seen[a], a), default="")))
+            answers.append(Answer(first(words)))
     return answers
 
 

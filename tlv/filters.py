@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from tlv.video import Clip, VideoError
 from tlv.video_child import sample_frames_within
 
 GRID = 16  # cells per side of a clip's signature
+MAX_CHARACTERS = 16_384  # read at once, padding included: 150,000 logits for each token of them
 KEPT = (True, "")
 Verdict = tuple[bool, str]  # (keep, reason); the reason is empty where the sample is kept
 
@@ -42,27 +43,35 @@ class ClipFacts:
 
 
 def inspect_clips(videos_dir, names, embed: Callable | None = None, num_frames: int = 16,
-                  timeout_s=None, progress: Callable = iter) -> dict[str, ClipFacts]:  # fmt: skip
+                  timeout_s=None, progress: Callable = iter,
+                  num_readers: int = 1) -> dict[str, ClipFacts]:  # fmt: skip
     """Decode `num_frames` frames of each clip, first and last among them, and keep the facts.
 
     embed: frames (T, H, W, 3) uint8 -> unit vectors (T', D); see `frame_embedder`. `progress` wraps
-    the names (tqdm). A clip that cannot be decoded gives facts with `error` set. Notebook 01.
+    the names (tqdm). A clip that cannot be decoded gives facts with `error` set. `num_readers`
+    clips are decoded at a time, beside the encoder. Notebook 01.
     """
 
     def read(name):
-        return sample_frames_within(timeout_s, Path(videos_dir) / name, num_frames=num_frames)
+        path = Path(videos_dir) / name
+        clip = sample_frames_within(timeout_s, path, num_frames=num_frames)
+        return _facts(clip), embed and clip.frames
 
-    clips = zip(progress(names), read_ahead(read, names), strict=True)
-    return {name: _facts(clip, embed) for name, clip in clips}
+    found = {}
+    for name, seen in zip(progress(names), read_ahead(read, names, num_readers), strict=True):
+        if isinstance(seen, VideoError):
+            found[name] = ClipFacts(error=seen.reason)
+            continue
+        found[name], frames = seen
+        if embed:
+            found[name] = replace(found[name], embeddings=embed(frames))
+    return found
 
 
-def _facts(clip: Clip | VideoError, embed: Callable | None) -> ClipFacts:
-    if isinstance(clip, VideoError):
-        return ClipFacts(error=clip.reason)
+def _facts(clip: Clip) -> ClipFacts:
     digest = hashlib.sha256(repr((clip.num_frames_total, clip.frames.shape)).encode())
     digest.update(np.ascontiguousarray(clip.frames))
-    embeddings = embed(clip.frames) if embed else None
-    return ClipFacts("", clip.duration, _shrink(clip.frames), digest.hexdigest(), embeddings)
+    return ClipFacts("", clip.duration, _shrink(clip.frames), digest.hexdigest())
 
 
 def _shrink(frames: np.ndarray) -> np.ndarray:
@@ -147,30 +156,42 @@ def find_copies(clips: dict, references: dict, max_distance: float) -> dict[str,
     Only clips whose durations agree to about 0.1 s are compared, which is far from all pairs.
     """
     exact: dict[str, str] = {}
-    by_duration = defaultdict(list)  # tenths of a second -> names of references
-    is_same = clips is references
+    by_duration = defaultdict(list)  # tenths of a second -> numbers of references
+    names, is_same = sorted(references), clips is references
+    coarse = np.stack([_coarse(references[name]) for name in names]) if names else None  # (n, 48)
 
-    def add(name):
-        exact.setdefault(references[name].digest, name)
-        by_duration[round(references[name].duration * 10)].append(name)
+    def add(number):
+        exact.setdefault(references[names[number]].digest, names[number])
+        by_duration[round(references[names[number]].duration * 10)].append(number)
 
     if not is_same:
-        for name in sorted(references):
-            add(name)
+        for number in range(len(names)):
+            add(number)
     found = {}
-    for name in sorted(clips):
+    for number, name in enumerate(sorted(clips)):
         facts = clips[name]
         if facts.digest in exact:
             found[name] = Copy(exact[facts.digest], "exact")
             continue
         tenth = round(facts.duration * 10)
         near = [other for t in (tenth - 1, tenth, tenth + 1) for other in by_duration[t]]
+        # Means differ by no more than the cells do, so most references are told apart by those.
+        gaps = np.abs(coarse[near] - _coarse(facts)).max(axis=1) if near else ()
+        near = [names[o] for o, gap in zip(near, gaps, strict=True) if gap <= max_distance + 0.01]
         twin = next((o for o in near if clip_distance(facts, references[o]) <= max_distance), None)
         if twin:
             found[name] = Copy(twin, "encoded again")
         elif is_same:
-            add(name)
+            add(number)
     return found
+
+
+def _coarse(facts: ClipFacts) -> np.ndarray:
+    """Mean colours (48,) of 4 x 4 blocks of a signature, over all frames; of no clip: infinite."""
+    if facts.signature is None:
+        return np.full(48, np.inf, np.float32)
+    blocks = facts.signature.reshape(-1, 4, GRID // 4, 4, GRID // 4, 3)  # (T, 4, 4, 4, 4, 3)
+    return blocks.mean(axis=(0, 2, 4), dtype=np.float32).ravel()  # (48,)
 
 
 # ---- filters of one annotation --------------------------------------------------------------
@@ -241,8 +262,7 @@ def text_losses(texts: dict, llm, tokenizer, batch_size: int = 64) -> dict[str, 
     """
     names = sorted((n for n in texts if texts[n].strip()), key=lambda n: (len(texts[n]), n))
     losses = {}
-    for start in range(0, len(names), batch_size):
-        chunk = names[start : start + batch_size]
+    for chunk in _in_batches(names, texts, batch_size):
         rows = [tokenizer(tokenizer.eos_token + texts[n]).input_ids for n in chunk]
         length = max(map(len, rows))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows]).to(llm.device)
@@ -255,6 +275,19 @@ def text_losses(texts: dict, llm, tokenizer, batch_size: int = 64) -> dict[str, 
     return losses
 
 
+def _in_batches(names, texts: dict, batch_size: int):
+    """Names of texts, shortest first -> lists of some, whose logits fit into memory."""
+    batch = []
+    for name in names:
+        is_full = len(batch) == batch_size or (len(batch) + 1) * len(texts[name]) > MAX_CHARACTERS
+        if batch and is_full:
+            yield batch
+            batch = []
+        batch.append(name)
+    if batch:
+        yield batch
+
+
 def frame_embedder(model, image_processor, num_frames: int = 8) -> Callable:
     """The `embed` of `inspect_clips`: SigLIP on some frames -> unit vectors (T', D)."""
 
@@ -262,7 +295,8 @@ def frame_embedder(model, image_processor, num_frames: int = 8) -> Callable:
     def embed(frames: np.ndarray) -> torch.Tensor:
         some = frames[np.linspace(0, len(frames) - 1, num_frames, dtype=int)]
         pixels = image_processor(images=list(some), return_tensors="pt").pixel_values
-        return F.normalize(_vector(model.get_image_features(pixels.to(model.device))), dim=-1)
+        vectors = _vector(model.get_image_features(pixels.to(model.device)))  # (T', D)
+        return F.normalize(vectors, dim=-1).cpu()  # those of all clips are kept
 
     return embed
 
@@ -283,7 +317,7 @@ def text_agreement(clips: dict, captions: dict, model, tokenizer, batch_size: in
         chunk = unique[start : start + batch_size]
         ids = tokenizer(chunk, padding="max_length", max_length=length, truncation=True,
                         return_tensors="pt").input_ids.to(model.device)  # fmt: skip
-        found = F.normalize(_vector(model.get_text_features(input_ids=ids)), dim=-1)  # (B, D)
+        found = F.normalize(_vector(model.get_text_features(input_ids=ids)), dim=-1).cpu()  # (B, D)
         vectors |= dict(zip(chunk, found, strict=True))
     return {n: float((clips[n].embeddings @ vectors[texts[n]]).max()) for n in captions}
 

@@ -36,7 +36,7 @@ def with_ids(pools: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], int]:
             has_own = _has_id(sample) and sample["id"] not in known
             if isinstance(sample, dict) and not has_own:
                 name = f"{pool}#{number}"
-                while name in own | known:
+                while name in own or name in known:
                     name += "'"
                 sample, count = {**sample, "id": name}, count + 1
             known |= {sample["id"]} if _has_id(sample) else set()

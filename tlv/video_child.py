@@ -1,6 +1,6 @@
 """Decoding clips in a child process, so that a decoder that hangs or crashes can be survived.
 
-One child per process serves many clips: it costs a start once, then about a millisecond a clip.
+One child per thread serves many clips: it costs a start once, then about a millisecond a clip.
 """
 
 import io
@@ -109,17 +109,20 @@ class Child:
     def stop(self):
         self._process.kill()
         self._process.wait()
-        _CHILDREN.pop(os.getpid(), None)
+        for key in [key for key, child in _CHILDREN.items() if child is self]:
+            del _CHILDREN[key]
 
 
-_CHILDREN: dict[int, Child] = {}  # by process: a forked data-loading worker starts its own
+# By process and thread: a forked data-loading worker starts its own, threads decode side by side.
+_CHILDREN: dict[tuple[int, int], Child] = {}
 
 
 def child() -> Child:
-    """This process's decoding child, started at the first call."""
-    if os.getpid() not in _CHILDREN:
-        _CHILDREN[os.getpid()] = Child()
-    return _CHILDREN[os.getpid()]
+    """This thread's decoding child, started at the first call."""
+    key = os.getpid(), threading.get_ident()
+    if key not in _CHILDREN:
+        _CHILDREN[key] = Child()
+    return _CHILDREN[key]
 
 
 def _serve(pipe: Connection) -> None:
@@ -162,7 +165,7 @@ class Reader:
         if clip is not None:
             self._serial, self._frames = serial, read_chunks(**clip, size=1)
         if serial != self._serial:
-            raise ValueError("a process reads one long clip at a time, each to its end")
+            raise ValueError("a thread reads one long clip at a time, each to its end")
         for _ in range(count):
             yield next(self._frames)[0]
 
