@@ -115,6 +115,14 @@ def other_parts(tmp_path_factory):
     return out
 
 
+def ask_once(sample):
+    """A sample with the first of its questions that has no options."""
+    question, answer = next(t for t in chat.parse_conversation(sample) if "\nA. " not in t[0])
+    turn = [{"from": "human", "value": chat.with_video(question)},
+            {"from": "gpt", "value": answer}]  # fmt: skip
+    return sample | {"conversations": turn}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "encoder, changes",
@@ -124,10 +132,17 @@ def other_parts(tmp_path_factory):
 )  # fmt: skip
 def test_other_encoders_and_llms_go_through_the_notebooks(encoder, changes, other_parts, tmp_path):
     """From architecture to evaluation, as the preset own takes whatever a reader has; the encoder
-    is tuned through adapters, so that its features cannot be cached."""
+    is tuned through adapters, so that its features cannot be cached. No validation clip is asked
+    about twice, nothing with options, and one sample is text alone."""
     tuning = dict(recipe="lora_vision", lora_rank=4, cache_features=False)
     card = read_card(smoke.world("outputs/scratch/00_toy_world/world"))
-    parts = {"vision_dir": other_parts / encoder, "llm_dir": other_parts / "llm"}
+    del card["truth"]
+    plain = [ask_once(sample) for sample in load_json(card["val_qa"])]
+    text = {"id": "text", "conversations": [{"from": "human", "value": "What is a circle?"},
+                                            {"from": "gpt", "value": "round"}]}  # fmt: skip
+    write_json(tmp_path / "val_qa.json", [text, *plain])
+    parts = {"vision_dir": other_parts / encoder, "llm_dir": other_parts / "llm",
+             "val_qa": tmp_path / "val_qa.json"}  # fmt: skip
     write_json(tmp_path / "world/world.json", {k: str(v) for k, v in (card | parts).items()})
     if "second_vision_dir" in changes:
         changes = changes | {"second_vision_dir": str(other_parts / changes["second_vision_dir"])}
@@ -141,6 +156,9 @@ def test_other_encoders_and_llms_go_through_the_notebooks(encoder, changes, othe
             NAMES[2]: dict(template=None), NAMES[3]: tuning}.get(name, {})  # None: the model's own
     report = json.loads((tmp_path / "04_sft/report.json").read_text())
     assert report["trained_parameters"]["vision"] > 0
+    metrics = load_json(tmp_path / "04_sft/metrics.json")
+    assert metrics["num_questions"] == len(plain) + 1  # the first one's comes again
+    assert "exact_match/free/after" in metrics and "exact_match/choice/after" not in metrics
     assert json.loads((tmp_path / NAMES[5] / "metrics.json").read_text())["num_questions"] > 0
     assert load_model(tmp_path / "04_sft/checkpoint")[0].config.template["stop"] == "</s>"
 
