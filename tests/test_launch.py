@@ -8,7 +8,16 @@ import time
 
 import pytest
 
-from tlv.launch import LaunchConfig, LaunchError, _run, command, environment
+from tlv.config import ConfigError
+from tlv.launch import (
+    LaunchConfig,
+    LaunchError,
+    _run,
+    _write_exports,
+    check_hostfile,
+    command,
+    environment,
+)
 from tlv.runlog import SAID
 from tlv.train_config import TrainConfig
 
@@ -89,6 +98,28 @@ def test_what_a_rank_says_is_the_message_without_what_its_launcher_adds(tmp_path
     with pytest.raises(LaunchError) as error:
         _run([sys.executable, "-c", code, SAID], dict(os.environ), tmp_path / "log")
     assert str(error.value) == f"data = x: no\nsuch file\n(the whole log is {tmp_path / 'log'})"
+
+
+def test_what_a_rank_on_another_machine_said_is_found_behind_its_name(tmp_path):
+    code = "import sys; print('host2: ' + sys.argv[1] + 'data = x: no'); sys.exit(1)"
+    with pytest.raises(LaunchError, match="^data = x: no\n"):
+        _run([sys.executable, "-c", code, SAID], dict(os.environ), tmp_path / "log")
+
+
+def test_a_hostfile_of_other_machines_than_there_should_be_is_refused(tmp_path):
+    config = LaunchConfig(num_ranks=8, num_nodes=2, launcher="deepspeed", master_addr="a",
+                          master_port=29500, hostfile=str(tmp_path / "hosts"))  # fmt: skip
+    (tmp_path / "hosts").write_text("# two\na slots=8\n\n")
+    with pytest.raises(ConfigError, match="hosts names 1 machines, but num_nodes is 2; make both"):
+        check_hostfile(config)
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    check_hostfile(config)
+
+
+def test_ranks_over_ssh_get_the_settings_and_nothing_else(tmp_path):
+    env = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "HOME": "/root", "API_TOKEN": "secret"}
+    path = _write_exports(env, tmp_path / "exports")
+    assert path.read_text() == "HF_HUB_OFFLINE=1\nOMP_NUM_THREADS=2\n"
 
 
 def test_an_interrupt_stops_the_ranks(tmp_path):

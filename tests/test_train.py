@@ -34,6 +34,7 @@ from tlv.connectors import CONNECTORS
 from tlv.launch import LaunchConfig, LaunchError, environment, find_finished, launch
 from tlv.runlog import RunLog, read_log
 from tlv.templates import render
+from tlv.train import TrainingError
 from tlv.train_config import TrainConfig, as_dict
 
 pytestmark = pytest.mark.slow
@@ -229,6 +230,19 @@ def test_another_seed_gives_other_losses(configure, world, tmp_path, num_samples
     assert losses(first) != close(second, 1e-4)
 
 
+def test_zero_3_that_lets_go_of_every_matrix_gives_the_same_losses(configure, tmp_path):
+    """At their defaults DeepSpeed keeps matrices as small as the tests' on every rank."""
+    tight = {"stage": 3, "stage3_param_persistence_threshold": 0,
+             "stage3_max_live_parameters": 3000, "stage3_max_reuse_distance": 3000,
+             "stage3_prefetch_bucket_size": 1000}  # fmt: skip
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": tight}))
+    common = dict(gradient_checkpointing=True, trainable=("connector", "llm"))
+    plain, sharded = (run(configure(name, **common, **zero)) for name, zero in
+                      (("plain", {}), ("sharded", dict(zero_config=str(path)))))
+    assert losses(sharded) == close(plain, 1e-5)
+
+
 # ---- resuming -------------------------------------------------------------------------------
 
 
@@ -345,6 +359,19 @@ def test_a_killed_run_leaves_checkpoints_that_load_and_goes_on(configure, tmp_pa
     assert sum(r["killed"] for r in rounds) >= 2 and not rounds[-1]["killed"]
     assert max(r["loads"] for r in rounds) >= 1
     assert contents(killed) == contents(whole)
+
+
+def test_machines_that_share_no_disk_are_refused(tmp_path):
+    words = []
+    first = SimpleNamespace(is_first=True, share=lambda word: words.append(word) or word,
+                            barrier=lambda: None, gather=lambda seen: [seen])  # fmt: skip
+    train.check_disk(tmp_path / "mine", first)
+    there = SimpleNamespace(is_first=False, share=lambda _: words[0], barrier=lambda: None,
+                            gather=lambda seen: [True, seen])  # fmt: skip
+    train.check_disk(tmp_path / "mine", there)
+    (tmp_path / "own").mkdir()
+    with pytest.raises(TrainingError, match=r"own is not the same folder .*rank 1 does not see it"):
+        train.check_disk(tmp_path / "own", there)
 
 
 # ---- what is trained ------------------------------------------------------------------------

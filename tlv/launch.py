@@ -1,8 +1,8 @@
 """Start ranks as a subprocess, so that the caller holds no device memory: one rank or many.
 
 `launch(config)` runs a stage to its end and shows its progress; it raises LaunchError with the end
-of the log when a rank fails, and stops the ranks when it is interrupted (they also end by
-themselves when this process dies). A finished run with an equal fingerprint is not run again.
+of the log when a rank fails, and stops the ranks when it is interrupted (those of this machine end
+by themselves when this process dies). A finished run with an equal fingerprint is not run again.
 The only place in the workbook that starts training. Taught in notebook 03.
 """
 
@@ -17,7 +17,7 @@ from typing import Literal
 
 from tlv import ROOT, checkpoint
 from tlv.config import ConfigError, demand, load_json, resolve
-from tlv.files import write_json
+from tlv.files import write_json, write_text
 from tlv.ranks import free_port
 from tlv.runlog import SAID, say
 from tlv.train_config import TrainConfig, as_dict
@@ -27,6 +27,8 @@ TAIL_LINES = 40
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK",
                   "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE",
                   "LOCAL_SIZE", "TLV_END_WITH_PARENT")
+HANDED_ON = ("OMP_", "MKL_", "TOKENIZERS_", "HF_HUB_", "TQDM_", "DS_ACCELERATOR", "NCCL_", "GLOO_",
+             "TORCH_")
 PREFIXES = ("TORCHELASTIC_", "PMI_", "OMPI_")
 
 
@@ -131,10 +133,8 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
 
     launch_config = launch_config or LaunchConfig()
     check_inputs(config)
-    hostfile = launch_config.hostfile
-    if hostfile is not None and not resolve(hostfile).is_file():
-        raise ConfigError(f"hostfile = {hostfile}: no such file; it names a machine a line, such "
-                          "as `name slots=8`")
+    if launch_config.hostfile is not None:
+        check_hostfile(launch_config)
     final = resolve(config.out_dir) / "checkpoint"
     if find_finished(config, launch_config):
         say(f"a finished run with equal settings, inputs and code is there: {final}")
@@ -150,10 +150,32 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
     config_path = root / "config.json"
     write_json(config_path, as_dict(config))
     port = launch_config.master_port or free_port()
-    _run(command(config_path, launch_config, port),
-         environment(config, launch_config, dict(os.environ)),
+    env = environment(config, launch_config, dict(os.environ))
+    if launch_config.hostfile is not None:
+        env["DS_ENV_FILE"] = str(_write_exports(env, root / "exports"))
+    _run(command(config_path, launch_config, port), env,
          root / ("train.log" if rank == 0 else f"train.{rank}.log"))
     return final
+
+
+def check_hostfile(launch_config: LaunchConfig) -> None:
+    """Raise ConfigError unless the hostfile names as many machines as there should be."""
+    name = launch_config.hostfile
+    if not resolve(name).is_file():
+        raise ConfigError(f"hostfile = {name}: no such file; it names a machine a line, such as "
+                          "`name slots=8`")
+    lines = [line.strip() for line in resolve(name).read_text().splitlines()]
+    count = sum(bool(line) and not line.startswith("#") for line in lines)
+    if count != launch_config.num_nodes:  # DeepSpeed would train on fewer without a word
+        raise ConfigError(f"hostfile = {name} names {count} machines, but num_nodes is "
+                          f"{launch_config.num_nodes}; make both the same")
+
+
+def _write_exports(env: dict, path: Path) -> Path:
+    """What DeepSpeed hands on to ranks that it starts over ssh, which see nothing else of `env`."""
+    handed_on = {name: value for name, value in env.items() if name.startswith(HANDED_ON)}
+    write_text(path, "".join(f"{name}={value}\n" for name, value in sorted(handed_on.items())))
+    return path
 
 
 def _run(arguments: list[str], env: dict, log_path: Path) -> None:
@@ -174,7 +196,7 @@ def _run(arguments: list[str], env: dict, log_path: Path) -> None:
     if code != 0:
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         lines = log_path.read_text(errors="replace").splitlines()
-        said = dict.fromkeys(line.removeprefix(SAID) for line in lines if line.startswith(SAID))
+        said = dict.fromkeys(line.split(SAID, 1)[1] for line in lines if SAID in line)
         if said:  # each rank may have said it
             raise LaunchError("\n".join([*said, f"(the whole log is {log_path})"]))
         tail = "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])

@@ -10,12 +10,15 @@ import socket
 import threading
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from tlv.devices import find_device
+
+PATIENCE = timedelta(hours=2)  # of ranks that wait while one saves a large model to a slow disk
 
 
 def free_port() -> int:
@@ -80,19 +83,22 @@ def start_ranks(device: str, num_threads: int, seed: int) -> Ranks:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if kind == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
-        torch.set_num_threads(num_threads)
         where = torch.device("cpu")
     else:
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
+    torch.set_num_threads(num_threads)
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(seed)
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
                             ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
             os.environ.setdefault(name, value)  # set already where a launcher started us
-        deepspeed.init_distributed(dist_backend="gloo" if kind == "cpu" else "nccl")
-    cpu_group = dist.new_group(backend="gloo") if kind == "cuda" else dist.group.WORLD
+        backend = "gloo" if kind == "cpu" else "nccl"
+        deepspeed.init_distributed(dist_backend=backend, timeout=PATIENCE)
+    cpu_group = dist.group.WORLD
+    if kind == "cuda":
+        cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), where, cpu_group)
 
 

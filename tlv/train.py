@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import math
 import os
+import secrets
 import sys
 import textwrap
 import traceback
@@ -27,7 +28,7 @@ from tlv.config import ConfigError, build, load_json, resolve
 from tlv.data import VideoTextDataset, make_loader
 from tlv.engine import load_zero, start_engine
 from tlv.feature_cache import FeatureCache
-from tlv.files import write_json
+from tlv.files import write_json, write_text
 from tlv.manifest import load_samples
 from tlv.order import group_alike, rank_batches, sample_key, sample_stream
 from tlv.ranks import Ranks, end_with_launcher, leave, start_ranks
@@ -61,10 +62,13 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     mark = ranks.share(checkpoint.fingerprint(config, ranks.world_size) if ranks.is_first else "")
     found, sentence = ranks.share(checkpoint.find_resume(root, mark))
     say(sentence, ranks.is_first)
+    check_disk(root, ranks)
     if ranks.is_first:
         checkpoint.remove_others(root, mark)
 
-    model, processor = load_model(resolve(config.model_dir))  # float32: DeepSpeed casts, moves
+    # DeepSpeed would round to the precision of training; adapters are drawn in float32.
+    dtype = torch.float32 if config.lora or config.quantize else DTYPES[config.precision]
+    model, processor = load_model(resolve(config.model_dir), dtype)
     place_selector(processor, ranks.device, config.num_workers)
     if config.gradient_checkpointing:
         model.language_model.activation_checkpointing_enable()
@@ -279,6 +283,19 @@ def lock_run(root: Path):
             raise TrainingError(f"{root / 'lock'} is held: another run of this stage is alive; "
                                 "wait for it or stop it") from None
         yield
+
+
+def check_disk(root: Path, ranks: Ranks) -> None:
+    """All ranks write into one checkpoint: refuse machines that do not share a disk."""
+    word = ranks.share(secrets.token_hex() if ranks.is_first else "")
+    if ranks.is_first:
+        write_text(root / "disk", word)
+    ranks.barrier()
+    seen = ranks.gather((root / "disk").is_file() and (root / "disk").read_text() == word)
+    if not all(seen):
+        raise TrainingError(f"{root} is not the same folder on all machines (rank "
+                            f"{seen.index(False)} does not see it): put the project on a disk that "
+                            "they share, at one path")
 
 
 def place_selector(processor, device: torch.device, num_workers: int) -> None:
