@@ -30,10 +30,10 @@ from transformers import (
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tlv import ROOT, chat, data, notebook_form, notebooks, smoke, viz
+from tlv import ROOT, chat, data, notebook_form, notebooks, recipes, smoke, train, viz
 from tlv.builders import load_model
 from tlv.card import read_card
-from tlv.config import ConfigError, load_json
+from tlv.config import ConfigError, build, load_json
 from tlv.files import write_json
 from tlv.manifest import load_samples
 from tlv.notebook_parameters import defaults_of
@@ -41,10 +41,12 @@ from tlv.notebook_style import lint
 from tlv.pretrained import ModelFolderError
 from tlv.stage import load_stage_params
 from tlv.toy_data import make_world
+from tlv.train_config import TrainConfig
 
 MANY = pytest.mark.skipif("TLV_ALL_TESTS" not in os.environ,
                           reason="a minute each; TLV_ALL_TESTS=1 runs them")  # fmt: skip
 NAMES = notebooks.names()
+PRESETS = ("tiny", "gpu", "own", "paper")
 NUMBERS = [n[:2] for n in NAMES]
 
 
@@ -243,13 +245,31 @@ def test_a_wrong_parameter_is_named_where_a_notebook_is_set_up(number, given, me
         exec(find_cell(NAMES[number], "torch.set_num_threads(num_threads)"), values)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "gpu", "own", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_presets_parameters_pass_the_checks_of_the_first_notebook(preset, tmp_path):
     notebook = notebooks.read(notebooks.FOLDER / f"{NAMES[0]}.ipynb")
     values = defaults_of(notebook) | load_stage_params(NAMES[0], preset, notebook)
     source = find_cell(NAMES[0], "torch.set_num_threads(num_threads)")
     exec(source, values | {"out_dir": str(tmp_path), "num_threads": 1})
     assert (tmp_path / "figures").is_dir()
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, *(f"{p}/image" for p in PRESETS)])
+def test_adapters_for_own_clips_may_train_in_every_presets_precision(preset, model_dir, tmp_path):
+    notebook = notebooks.read(notebooks.FOLDER / f"{NAMES[4]}.ipynb")
+    values = defaults_of(notebook) | load_stage_params(NAMES[4], preset, notebook)
+    write_json(tmp_path / "raw_qa.json", [])
+    launched = []
+
+    def launch(config):
+        launched.append(config)
+        raise InterruptedError
+
+    values |= {"own": tmp_path, "start_dir": model_dir, "card": {"videos_dir": tmp_path}}
+    values |= {"build": build, "TrainConfig": TrainConfig, "recipes": recipes, "launch": launch}
+    with pytest.raises(InterruptedError):
+        exec(find_cell(NAMES[4], "own_config = build("), values)
+    train.check_inputs(launched[0])
 
 
 @pytest.mark.slow
