@@ -216,7 +216,7 @@ def test_mme_scores():
     scores = mme.score(questions, ["yes", "no", "yes", "yes", "no", "no"])
     assert scores["color"] == scores["perception"] == 75 + 50
     assert scores["code_reasoning"] == scores["cognition"] == 50
-    with pytest.raises(BenchmarkError, match="'a' has 1 questions; each has two, so --limit"):
+    with pytest.raises(BenchmarkError, match="'a' has 1 questions; each has two, and a --limit"):
         mme.score(questions[:1], ["yes"])
 
 

@@ -76,7 +76,7 @@ def score(questions, answers) -> dict[str, float]:
     for subtask, pairs in pictures.items():
         if wrong := [name for name, hits in pairs.items() if len(hits) != 2]:
             raise BenchmarkError(f"MME {subtask}: picture {wrong[0]!r} has {len(pairs[wrong[0]])} "
-                                 "questions; each has two, so --limit must be even")
+                                 "questions; each has two, and a --limit must be even")
         accuracy = sum(map(sum, pairs.values())) / (2 * len(pairs))
         scores[subtask] = 100 * (accuracy + sum(map(all, pairs.values())) / len(pairs))
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
