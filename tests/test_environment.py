@@ -45,22 +45,29 @@ def test_every_dependency_is_pinned_and_no_gpu_wheel_is():
     assert pins()["torch"] == "2.13.0" and pins()["transformers"].startswith("5.")
 
 
-def test_whatever_a_dependency_needs_here_is_pinned_too():
+def needed() -> tuple[set[str], set[str]]:
+    """The names of all that the dependencies need here, pinned and not."""
     todo = [Requirement(text) for text in project()["dependencies"]]
     seen, unpinned = set(), set()
     while todo:
-        needed = todo.pop()
-        if needed in seen or GPU_ONLY.match(name(needed.name)):
+        wanted = todo.pop()
+        if wanted in seen or GPU_ONLY.match(name(wanted.name)):
             continue  # a CUDA build of torch names its own GPU wheels
-        seen.add(needed)
-        if name(needed.name) not in pins():
-            unpinned.add(str(needed))
+        seen.add(wanted)
+        if name(wanted.name) not in pins():
+            unpinned.add(name(wanted.name))
             continue
-        for theirs in map(Requirement, requires(needed.name) or []):
-            extras = ("", *needed.extras)  # "": what is needed without any
+        for theirs in map(Requirement, requires(wanted.name) or []):
+            extras = ("", *wanted.extras)  # "": what is needed without any
             if not theirs.marker or any(theirs.marker.evaluate({"extra": e}) for e in extras):
                 todo.append(theirs)
-    assert len(seen) > 100 and not unpinned
+    return {name(wanted.name) for wanted in seen} - unpinned, unpinned
+
+
+def test_what_the_dependencies_need_is_pinned_and_nothing_else_is():
+    """A package that nothing needs is installed for nothing, and may be imported by others."""
+    pinned, unpinned = needed()
+    assert not unpinned and pinned == set(pins())
 
 
 def test_installed_packages_are_the_pinned_ones():
