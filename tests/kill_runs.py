@@ -3,13 +3,15 @@
 python tests/kill_runs.py config.json NUM_KILLS SEED
 
 Each round forks a child that trains and dies at its k-th write to disk, k random; after each, every
-finished checkpoint must load. The last round is not killed. Prints one JSON object.
+finished checkpoint must load. A round goes on where the last one was left, every fourth from
+nothing. The last one is not killed. Prints one JSON object.
 """
 
 import functools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 
@@ -64,6 +66,8 @@ def main(path, num_kills, seed):
     root, out_dir = checkpoint.resume_root(config.out_dir), resolve(config.out_dir)
     rounds = []
     for number in range(num_kills + 1):
+        if number % 4 == 0 and number < num_kills:
+            shutil.rmtree(root, ignore_errors=True)
         point = rng.randint(1, MAX_POINT) if number < num_kills else 10**9
         child = os.fork()
         if child == 0:
