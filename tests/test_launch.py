@@ -1,5 +1,6 @@
 """How ranks are started; the command is a pure function, so no GPU or second machine is needed."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from tlv.launch import (
     check_hostfile,
     command,
     environment,
+    launch,
 )
 from tlv.runlog import SAID
 from tlv.train_config import TrainConfig
@@ -114,6 +116,13 @@ def test_a_hostfile_of_other_machines_than_there_should_be_is_refused(tmp_path):
         check_hostfile(config)
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
     check_hostfile(config)
+
+
+def test_gpus_that_deepspeed_would_not_keep_to_are_no_silent_choice(monkeypatch):
+    config = dataclasses.replace(CONFIG, device="auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES = '2,3': launcher: deepspeed"):
+        launch(config, LaunchConfig(num_ranks=2, launcher="deepspeed"))
 
 
 def test_ranks_over_ssh_get_the_settings_and_nothing_else(tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 
 import pytest
 from toy_manifest import make_world
@@ -102,9 +103,34 @@ def test_a_clip_that_does_not_decode_is_found_only_when_asked_for(card, tmp_path
 
 def test_a_clip_that_hangs_the_decoder_is_found_too(card, tmp_path, monkeypatch):
     monkeypatch.setattr(validate, "FRAME_S", 0.3)
-    os.kill(video_child.child()._process.pid, signal.SIGSTOP)  # it never answers
+    start = video_child.Child.__init__
+
+    def stopped(self):
+        start(self)
+        os.kill(self._process.pid, signal.SIGSTOP)  # it never answers
+
+    monkeypatch.setattr(video_child, "_CHILDREN", {})
+    monkeypatch.setattr(video_child.Child, "__init__", stopped)
     found = reasons(card(raw_captions=card.samples[:1]), decode=True)
     assert "decoding took over 0.3 s" in found[0]
+
+
+def test_clips_are_decoded_side_by_side(card, monkeypatch):
+    """Two readers meet: each waits until the other reads too."""
+    both, read = threading.Barrier(2, timeout=60), validate.sample_frames_within
+
+    def meet(*given, **request):
+        both.wait()
+        return read(*given, **request)
+
+    monkeypatch.setattr(validate.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(validate, "sample_frames_within", meet)
+    assert reasons(card(**dict.fromkeys(validate.MANIFESTS, card.samples[:2])), decode=True) == []
+
+
+def test_a_name_that_no_file_can_have_is_a_problem_of_its_sample(card):
+    found = reasons(card(raw_qa=[card.samples[0] | {"video": "x" * 300}]))
+    assert len(found) == 1 and "xxx: File name too long" in found[0]
 
 
 def test_test_questions_are_looked_at_before_they_are_asked(card, tmp_path):

@@ -132,9 +132,11 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
     from tlv.train import TrainingError, check_inputs, lock_run
 
     launch_config = launch_config or LaunchConfig()
-    check_inputs(config)
     if launch_config.hostfile is not None:
         check_hostfile(launch_config)
+    elif launch_config.launcher == "deepspeed" and config.device != "cpu":
+        check_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    check_inputs(config)
     final = resolve(config.out_dir) / "checkpoint"
     if find_finished(config, launch_config):
         say(f"a finished run with equal settings, inputs and code is there: {final}")
@@ -169,6 +171,13 @@ def check_hostfile(launch_config: LaunchConfig) -> None:
     if count != launch_config.num_nodes:  # DeepSpeed would train on fewer without a word
         raise ConfigError(f"hostfile = {name} names {count} machines, but num_nodes is "
                           f"{launch_config.num_nodes}; make both the same")
+
+
+def check_visible(devices: str | None) -> None:
+    """Raise ConfigError where DeepSpeed's launcher would use other GPUs than the chosen ones."""
+    if devices:
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES = {devices!r}: launcher: deepspeed takes the "
+                          "first GPUs whatever it says; take launcher: torchrun, or unset it")
 
 
 def _write_exports(env: dict, path: Path) -> Path:

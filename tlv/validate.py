@@ -8,6 +8,7 @@ would be right. Taught in notebook 01.
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from tlv.ahead import read_ahead
 from tlv.card import CARD, load_card, read_card
 from tlv.chat import visual_of
 from tlv.config import ConfigError, load_json, resolve
@@ -42,11 +44,11 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
     """All problems of a card, and how many samples each part holds.
 
     The paths of a world's own card, world.json, count from its folder. `decode` also reads a frame
-    of every clip, which takes a while. ConfigError if the card itself cannot be read.
+    of every clip, on every core one at a time. ConfigError if the card itself cannot be read.
     """
     path = Path(path)
     card = read_card(path.parent) if path.name == CARD and path.is_file() else load_card(path)
-    problems, counts, seen, broken = [], Counter(), {}, set()
+    problems, counts, lists, broken = [], Counter(), {}, set()
     videos = resolve(card["videos_dir"])
     if not videos.is_dir():
         problems.append(Problem("videos_dir", f"{videos}: no such folder"))
@@ -60,7 +62,6 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
             problems.append(Problem(part, str(error)))
             broken.add(folder)
     for part in (*MANIFESTS, "test_questions"):
-        check = check_question if part == "test_questions" else check_sample
         try:
             samples = load_json(resolve(card[part]))
         except ConfigError as error:
@@ -69,12 +70,17 @@ def check_card(path, decode: bool = False) -> tuple[list[Problem], Counter]:
         if not isinstance(samples, list) or not samples:
             problems.append(Problem(part, f"{card[part]}: must be a JSON list with some samples"))
             continue
+        lists[part] = samples
         counts[part] = len(samples)
+    files = (file for samples in lists.values() for s in samples for file in _files_of(s))
+    reasons = _look_at_all({file for file in files if _is_name(file)}, videos, decode)
+    for part, samples in lists.items():
+        check = check_question if part == "test_questions" else check_sample
         for number, sample in enumerate(samples):
             try:
                 check(sample)
-                _check_visual(sample, videos, decode, seen)
-            except (ValueError, OSError) as error:
+                _check_visual(sample, reasons)
+            except ValueError as error:
                 problems.append(Problem(part, f"#{number}: {error}"))
     return problems, counts
 
@@ -96,29 +102,46 @@ def _check_folder(path: Path, part: str, loaders) -> None:
         load_part(loader, path, part, **{"backend": "pil"} if loader is AutoImageProcessor else {})
 
 
-def _check_visual(sample, videos: Path, decode: bool, seen: dict) -> None:
-    """Every file of the sample is there and, with `decode`, gives a frame; each is tried once."""
-    found = visual_of(sample)
-    files = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(isinstance(file, str) and file for file in files):
-        raise ValueError(f"video {found!r:.60} must be a file name relative to videos_dir, or a "
-                         "list of some")
+def _files_of(sample) -> list:
+    """What a sample says its clips or pictures are, whatever it is; of what is no sample: none."""
+    found = visual_of(sample) if isinstance(sample, dict) else None
+    return [] if found is None else found if isinstance(found, list) else [found]
+
+
+def _is_name(file) -> bool:
+    return isinstance(file, str) and file != ""
+
+
+def _check_visual(sample, reasons: dict) -> None:
+    """Every file of the sample is there and, if they were decoded, gave a frame."""
+    files = _files_of(sample)
+    if not all(map(_is_name, files)):
+        raise ValueError(f"video {visual_of(sample)!r:.60} must be a file name relative to "
+                         "videos_dir, or a list of some")
     for file in files:
-        if file not in seen:
-            seen[file] = _look_at(file, videos / file, decode)
-        if seen[file]:
-            raise ValueError(seen[file])
+        if reasons[file]:
+            raise ValueError(reasons[file])
+
+
+def _look_at_all(files: set, videos: Path, decode: bool) -> dict[str, str]:
+    """What is wrong with each of the files, {name: reason or ""}; each is tried once."""
+    names = sorted(files)
+    num_readers = len(os.sched_getaffinity(0)) if decode else 1
+    looks = read_ahead(lambda name: _look_at(name, videos / name, decode), names, num_readers)
+    return dict(zip(names, looks, strict=True))
 
 
 def _look_at(file: str, path: Path, decode: bool) -> str:
     """What is wrong with a clip or picture; nothing: ""."""
-    if not path.is_file():
-        return f"{file}: not in videos_dir"
     try:
+        if not path.is_file():
+            return f"{file}: not in videos_dir"
         if decode:
             sample_frames_within(FRAME_S, path, num_frames=1)
     except VideoError as error:
         return f"{file}: {error.reason}"
+    except OSError as error:  # a name that is too long
+        return f"{file:.60}: {error.strerror}"
     return ""
 
 
