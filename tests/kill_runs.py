@@ -19,7 +19,7 @@ import torch
 
 import tlv.model  # noqa: F401  (imported once here, so that a round costs a fork)
 from tlv import checkpoint, files
-from tlv.config import build, load_json, resolve
+from tlv.config import build, load_json, resolve, resume_root
 from tlv.runlog import RunLog
 from tlv.train import train
 from tlv.train_config import TrainConfig
@@ -63,7 +63,7 @@ def load_all(root) -> int:
 
 def main(path, num_kills, seed):
     config, rng = build(TrainConfig, load_json(path)), random.Random(seed)
-    root, out_dir = checkpoint.resume_root(config.out_dir), resolve(config.out_dir)
+    root, out_dir = resume_root(config.out_dir), resolve(config.out_dir)
     rounds = []
     for number in range(num_kills + 1):
         if number % 4 == 0 and number < num_kills:

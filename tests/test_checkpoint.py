@@ -7,6 +7,8 @@ import os
 import pytest
 
 from tlv import ROOT, checkpoint, files
+from tlv import config as settings
+from tlv.config import resume_root
 from tlv.train_config import TrainConfig
 
 
@@ -55,9 +57,9 @@ def test_the_fingerprint_knows_the_versions_that_training_rests_on(config, monke
 
 
 def test_unfinished_runs_live_outside_what_the_pipeline_deletes(tmp_path):
-    root = checkpoint.resume_root("outputs/tiny/03_pretraining")
+    root = resume_root("outputs/tiny/03_pretraining")
     assert root == ROOT / "outputs" / ".resume" / "tiny" / "03_pretraining"
-    assert checkpoint.resume_root(tmp_path / "out") == tmp_path / ".resume" / "out"
+    assert resume_root(tmp_path / "out") == tmp_path / ".resume" / "out"
 
 
 def test_publish_replaces_the_whole_folder(tmp_path):
@@ -116,10 +118,10 @@ def test_a_clean_start_says_why(tmp_path):
 
 def test_the_unfinished_runs_of_a_stage_nested_below_stay(tmp_path, monkeypatch):
     """As notebook 04's 04_sft/own/tuned, which lies in the folder of 04_sft's."""
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path.resolve())
+    monkeypatch.setattr(settings, "ROOT", tmp_path.resolve())
     stages = [tmp_path / "outputs/04_sft" / name for name in ("", "own", "own/tuned")]
-    first, *nested = (make(checkpoint.resume_root(s) / OTHER / "step-3") for s in stages)
-    checkpoint.remove_others(checkpoint.resume_root(stages[0]), "mark")
+    first, *nested = (make(resume_root(s) / OTHER / "step-3") for s in stages)
+    checkpoint.remove_others(resume_root(stages[0]), "mark")
     assert not first.exists() and all(folder.is_dir() for folder in nested)
 
 

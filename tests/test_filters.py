@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tlv import defects, filters, funnel, world
-from tlv.filters import ClipFacts
+from tlv import clip_facts, defects, filters, funnel, world
+from tlv.clip_facts import ClipFacts, KeptFacts, inspect_clips
 from tlv.funnel import Funnel, with_ids
 from tlv.mp4 import write_video
 
@@ -23,7 +23,7 @@ def write(path, some_scene, crf=18):
 
 
 def inspect(path):
-    return filters.inspect_clips(path.parent, [path.name])[path.name]
+    return inspect_clips(path.parent, [path.name])[path.name]
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +149,59 @@ def test_several_readers_see_what_one_sees(tmp_path):
     def embed(frames):
         return torch.from_numpy(frames.mean(axis=(1, 2)))
 
-    one, three = (filters.inspect_clips(tmp_path, names, embed, timeout_s=60, num_readers=number)
+    one, three = (inspect_clips(tmp_path, names, embed, timeout_s=60, num_readers=number)
                   for number in (1, 3))  # fmt: skip
     assert list(one) == list(three) == names and one["torn.mp4"].error == three["torn.mp4"].error
     for name in set(names) - {"torn.mp4"}:
         assert one[name].digest == three[name].digest
         assert np.array_equal(one[name].signature, three[name].signature)
         assert torch.equal(one[name].embeddings, three[name].embeddings)
+
+
+def test_a_stopped_run_decodes_no_clip_twice(tmp_path, vision_dir, monkeypatch):
+    """Nor does it take the facts of other bytes, of other frames, or without embeddings."""
+    names = ["a.mp4", "b.mp4", "torn.mp4"]
+    for name in names[:2]:
+        write_video(tmp_path / name, world.render(scene(len(name) + ord(name[0]))), world.FPS)
+    (tmp_path / "torn.mp4").write_bytes(b"no video")
+    decoded, decode = [], clip_facts.sample_frames_within
+    monkeypatch.setattr(clip_facts, "sample_frames_within",
+                        lambda _, path, **k: decoded.append(path.name) or decode(_, path, **k))
+
+    def embed(frames):
+        return torch.from_numpy(frames.mean(axis=(1, 2)))
+
+    def look(names, embed=embed, num_frames=16):
+        decoded.clear()
+        kept = KeptFacts(tmp_path / "kept", vision_dir)
+        return inspect_clips(tmp_path, names, embed, num_frames, kept=kept)
+
+    look(names[:1])
+    first = look(names)
+    assert decoded == ["b.mp4", "torn.mp4"]
+    again = look(names)
+    assert decoded == ["torn.mp4"] and again["torn.mp4"] == first["torn.mp4"]
+    for name in names[:2]:
+        assert np.array_equal(again[name].signature, first[name].signature)
+        assert torch.equal(again[name].embeddings, first[name].embeddings)
+        assert (again[name].duration, again[name].digest, again[name].error) == (
+            first[name].duration, first[name].digest, "")  # fmt: skip
+    for changed in (dict(embed=None), dict(num_frames=8)):
+        look(names[:1], **changed)
+        assert decoded == ["a.mp4"], changed
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "b.mp4").read_bytes())
+    assert look(names[:1])["a.mp4"].digest == first["b.mp4"].digest and not decoded
+    file = KeptFacts(tmp_path / "kept", vision_dir).file_of(tmp_path / "b.mp4", 16, True)
+    file.write_bytes(file.read_bytes()[:100])  # the power went
+    look(names[1:2])
+    assert decoded == ["b.mp4"]
+
+
+def test_facts_that_another_encoder_found_are_removed(tmp_path, vision_dir, llm_dir):
+    folder = KeptFacts(tmp_path, vision_dir).folder
+    folder.mkdir(parents=True)
+    assert KeptFacts(tmp_path, vision_dir).folder == folder and folder.is_dir()
+    assert KeptFacts(tmp_path, llm_dir).folder != folder and not folder.parent.exists()
 
 
 def test_leaks_are_copies_of_held_out_clips_and_held_out_clips_may_repeat(tmp_path, facts):

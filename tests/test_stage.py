@@ -340,9 +340,10 @@ def test_the_rest_of_a_run_that_was_killed_is_not_recorded_as_its_cost(root, mon
     assert costs.read_costs("tiny") == {}
 
 
-def test_a_finished_training_is_kept_until_its_stage_is_done(root, monkeypatch):
+@pytest.mark.parametrize("what", ["finished", "clips"])
+def test_what_took_long_is_kept_until_its_stage_is_done(root, monkeypatch, what):
     write(root)
-    kept = root / "outputs/.resume/tiny/00_x/0123456789abcdef/finished"
+    kept = root / "outputs/.resume/tiny/00_x/0123456789abcdef" / what
     kept.mkdir(parents=True)
 
     def fail(*_):

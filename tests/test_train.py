@@ -25,11 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from toy_manifest import make_sample, make_world
 
-from tlv import ROOT, checkpoint, processor, train
+from tlv import ROOT, processor, train
 from tlv import launch as launcher
 from tlv.bad_samples import TooManyBadSamples
 from tlv.builders import load_model
-from tlv.config import ConfigError
+from tlv.config import ConfigError, resume_root
 from tlv.connectors import CONNECTORS
 from tlv.launch import LaunchConfig, LaunchError, environment, find_finished, launch
 from tlv.runlog import RunLog, read_log
@@ -265,7 +265,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     run(broken)
     assert "resuming at step 4" in capsys.readouterr().err
     assert contents(broken) == contents(whole)
-    root = checkpoint.resume_root(broken.out_dir)
+    root = resume_root(broken.out_dir)
     assert not list(root.glob("*/step-*"))  # nothing left behind
 
 
@@ -309,7 +309,7 @@ def test_two_ranks_that_are_killed_go_on_as_if_nothing_had_been(configure, capfd
             "from tlv.train_config import TrainConfig; "
             "launch(build(TrainConfig, json.loads(sys.argv[1])), LaunchConfig(num_ranks=2))")
     started = subprocess.Popen([sys.executable, "-c", code, json.dumps(as_dict(broken))], cwd=ROOT)
-    root = checkpoint.resume_root(broken.out_dir)
+    root = resume_root(broken.out_dir)
     while not list(root.glob("*/step-*[0-9]")) and started.poll() is None:
         time.sleep(0.005)
     started.kill()  # its ranks end with it
@@ -584,7 +584,7 @@ def test_fp16_on_a_cpu_without_it_is_refused_with_what_to_take(configure, monkey
 
 def test_a_second_run_of_a_live_stage_is_refused(configure):
     config = configure(num_steps=1)
-    with train.lock_run(checkpoint.resume_root(config.out_dir)):
+    with train.lock_run(resume_root(config.out_dir)):
         with pytest.raises(train.TrainingError, match="another run of this stage is alive"):
             run(config)
     run(config)
@@ -593,7 +593,7 @@ def test_a_second_run_of_a_live_stage_is_refused(configure):
 def test_a_second_launch_leaves_the_files_of_a_live_run_alone(configure, monkeypatch):
     config, started = configure(num_steps=1), []
     monkeypatch.setattr(launcher, "_run", lambda *args: started.append(args))
-    root = checkpoint.resume_root(config.out_dir)
+    root = resume_root(config.out_dir)
     with train.lock_run(root):
         (root / "config.json").write_text("theirs")
         with pytest.raises(LaunchError, match="lock is held: another run of this stage is alive"):
@@ -608,7 +608,7 @@ def test_machines_that_share_a_disk_have_a_log_each(configure, monkeypatch):
     monkeypatch.setattr(launcher, "_run", lambda line, env, log_path: logs.append(log_path.name))
     hosts = dict(num_nodes=3, master_addr="a", master_port=7)
     launch(config, LaunchConfig(node_rank=0, **hosts))
-    with train.lock_run(checkpoint.resume_root(config.out_dir)):  # by the first machine's rank
+    with train.lock_run(resume_root(config.out_dir)):  # by the first machine's rank
         for node_rank in (1, 2):
             launch(config, LaunchConfig(node_rank=node_rank, **hosts))
     assert logs == ["train.log", "train.1.log", "train.2.log"]

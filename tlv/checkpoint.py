@@ -59,14 +59,6 @@ def fingerprint(config, world_size: int) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def resume_root(out_dir) -> Path:
-    """Where unfinished runs of the stage that writes `out_dir` live: never inside `out_dir`."""
-    out_dir, outputs = resolve(out_dir).resolve(), ROOT / "outputs"
-    if out_dir.is_relative_to(outputs):
-        return outputs / ".resume" / out_dir.relative_to(outputs)
-    return out_dir.parent / ".resume" / out_dir.name
-
-
 # ---- whole or absent ------------------------------------------------------------------------
 
 

@@ -52,6 +52,14 @@ def portable(path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def resume_root(out_dir) -> Path:
+    """Where unfinished runs of the stage that writes `out_dir` live: never inside `out_dir`."""
+    out_dir, outputs = resolve(out_dir).resolve(), ROOT / "outputs"
+    if out_dir.is_relative_to(outputs):
+        return outputs / ".resume" / out_dir.relative_to(outputs)
+    return out_dir.parent / ".resume" / out_dir.name
+
+
 def _check_scalar(path, key: str, node) -> None:
     if node.style is not None:  # quoted: a string on purpose
         return

@@ -1,85 +1,26 @@
 """Filters for raw video annotations: each judges one thing and returns (keep, reason).
 
 A filter sees clips and annotations only, never the truth about planted defects. Every clip is
-decoded once (`inspect_clips`). The published pipeline (TinyLLaVA-Video, arXiv 2501.15513) does not
+decoded once (`tlv.clip_facts`). The published pipeline (TinyLLaVA-Video, arXiv 2501.15513) does not
 tell its filters; these are ours. They are put in a row by `tlv.funnel`. Taught in notebook 01.
 """
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tlv.ahead import read_ahead
 from tlv.chat import odd_turns, parse_conversation
+from tlv.clip_facts import GRID, ClipFacts
 from tlv.templates import ConversationError
-from tlv.video import Clip, VideoError
-from tlv.video_child import sample_frames_within
 
-GRID = 16  # cells per side of a clip's signature
 MAX_CHARACTERS = 16_384  # read at once, padding included: 150,000 logits for each token of them
 KEPT = (True, "")
 Verdict = tuple[bool, str]  # (keep, reason); the reason is empty where the sample is kept
-
-# ---- the clip, decoded once -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ClipFacts:
-    """What the filters know of a clip; `error` says why it cannot be used, else it is empty."""
-
-    error: str = ""
-    duration: float = 0.0  # seconds
-    signature: np.ndarray | None = None  # (T, GRID, GRID, 3) uint8: each sampled frame, tiny
-    digest: str = ""  # equal for equal sampled frames
-    embeddings: torch.Tensor | None = None  # (T', D), unit length, if a vision encoder was given
-
-
-def inspect_clips(videos_dir, names, embed: Callable | None = None, num_frames: int = 16,
-                  timeout_s=None, progress: Callable = iter,
-                  num_readers: int = 1) -> dict[str, ClipFacts]:  # fmt: skip
-    """Decode `num_frames` frames of each clip, first and last among them, and keep the facts.
-
-    embed: frames (T, H, W, 3) uint8 -> unit vectors (T', D); see `frame_embedder`. `progress` wraps
-    the names (tqdm). A clip that cannot be decoded gives facts with `error` set. `num_readers`
-    clips are decoded at a time, beside the encoder. Notebook 01.
-    """
-
-    def read(name):
-        path = Path(videos_dir) / name
-        clip = sample_frames_within(timeout_s, path, num_frames=num_frames)
-        return _facts(clip), embed and clip.frames
-
-    found = {}
-    for name, seen in zip(progress(names), read_ahead(read, names, num_readers), strict=True):
-        if isinstance(seen, VideoError):
-            found[name] = ClipFacts(error=seen.reason)
-            continue
-        found[name], frames = seen
-        if embed:
-            found[name] = replace(found[name], embeddings=embed(frames))
-    return found
-
-
-def _facts(clip: Clip) -> ClipFacts:
-    digest = hashlib.sha256(repr((clip.num_frames_total, clip.frames.shape)).encode())
-    digest.update(np.ascontiguousarray(clip.frames))
-    return ClipFacts("", clip.duration, _shrink(clip.frames), digest.hexdigest())
-
-
-def _shrink(frames: np.ndarray) -> np.ndarray:
-    """Mean colour of each cell of a GRID x GRID raster: (T, H, W, 3) -> (T, GRID, GRID, 3)."""
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
-    cells = F.adaptive_avg_pool2d(pixels, GRID).permute(0, 2, 3, 1)  # (T, GRID, GRID, 3)
-    return cells.round().to(torch.uint8).numpy()
-
 
 # ---- filters of one clip --------------------------------------------------------------------
 
@@ -289,7 +230,7 @@ def _in_batches(names, texts: dict, batch_size: int):
 
 
 def frame_embedder(model, image_processor, num_frames: int = 8) -> Callable:
-    """The `embed` of `inspect_clips`: SigLIP on some frames -> unit vectors (T', D)."""
+    """The `embed` of `clip_facts.inspect_clips`: SigLIP on some frames -> unit vectors (T', D)."""
 
     @torch.inference_mode()
     def embed(frames: np.ndarray) -> torch.Tensor:

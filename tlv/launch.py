@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tlv import ROOT, checkpoint
-from tlv.config import ConfigError, demand, load_json, resolve
+from tlv.config import ConfigError, demand, load_json, resolve, resume_root
 from tlv.files import write_json, write_text
 from tlv.ranks import free_port
 from tlv.runlog import SAID, say
@@ -113,7 +113,7 @@ def environment(config: TrainConfig, launch_config: LaunchConfig, base: dict) ->
 def find_finished(config: TrainConfig, launch_config: LaunchConfig) -> bool:
     """Does out_dir hold the finished run of just these settings, annotations (not the clips),
     model folder, code and versions? One that was kept elsewhere is brought back."""
-    out_dir, root = resolve(config.out_dir), checkpoint.resume_root(config.out_dir)
+    out_dir, root = resolve(config.out_dir), resume_root(config.out_dir)
     report, model = out_dir / "report.json", out_dir / "checkpoint" / "config.json"
     is_there = report.is_file() and model.is_file()
     if not is_there and not any(root.glob(f"*/{checkpoint.FINISHED}")):
@@ -141,7 +141,7 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
     if find_finished(config, launch_config):
         say(f"a finished run with equal settings, inputs and code is there: {final}")
         return final
-    root = checkpoint.resume_root(config.out_dir)
+    root = resume_root(config.out_dir)
     rank = launch_config.node_rank
     if rank == 0:  # on a shared disk the others may come when the first rank holds the lock
         try:

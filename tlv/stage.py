@@ -27,6 +27,7 @@ from tlv.stage_inputs import check_copy, digests, files_of
 # What makes a run a real one.
 SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips|samples|trials)$|"
                    r"^(grid_|long_)?lengths?$")
+KEPT = ("finished/", "clips/")  # until the stage is done: `tlv.checkpoint`, `tlv.clip_facts`
 START_ATTEMPTS = 2  # a kernel now and then fails to start on a busy machine
 
 
@@ -65,9 +66,9 @@ def run(name: str, preset: str) -> None:
     given = defaults_of(notebook) | values
     check_copy(name)
     before = digests(files_of(name, preset, given))
-    # An unfinished run leaves its steps there, a finished one its model until its stage is done.
-    trainings = ROOT / "outputs/.resume" / preset / name
-    resumed = any(any(trainings.rglob(left)) for left in ("step-*[0-9]/", "finished/"))
+    # A run that stops leaves its steps there, a finished training or what it knew of its clips.
+    unfinished = ROOT / "outputs/.resume" / preset / name
+    resumed = any(any(unfinished.rglob(left)) for left in ("step-*[0-9]/", *KEPT))
     out_dir = ROOT / values["out_dir"]
     out_dir.mkdir(parents=True, exist_ok=True)
     num_threads = given.get("num_threads", 1)
@@ -90,7 +91,7 @@ def run(name: str, preset: str) -> None:
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
     if not resumed:  # else it would be the cost of the rest
         _record(preset, name, seconds, peak_kib)
-    for kept in [*trainings.rglob("finished/")]:
+    for kept in [folder for left in KEPT for folder in unfinished.rglob(left)]:
         shutil.rmtree(kept.parent)
     print(f"{name}: done in {seconds:.0f} s, largest process {peak_kib / 2**20:.2f} GiB")
 

@@ -24,7 +24,7 @@ from tlv import checkpoint, lora
 from tlv.bad_samples import BadSamples, TooManyBadSamples
 from tlv.builders import load_model
 from tlv.chat import IGNORE_INDEX
-from tlv.config import ConfigError, build, load_json, resolve
+from tlv.config import ConfigError, build, load_json, resolve, resume_root
 from tlv.data import VideoTextDataset, make_loader
 from tlv.engine import load_zero, start_engine
 from tlv.feature_cache import FeatureCache
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Ranks:
     """Run one stage from `config`, resuming an unfinished run of the same fingerprint."""
     check_inputs(config)
     ranks = start_ranks(config.device, config.num_threads, config.seed)
-    root = checkpoint.resume_root(config.out_dir)
+    root = resume_root(config.out_dir)
     with lock_run(root) if ranks.is_first else contextlib.nullcontext():
         run_stage(config, ranks, root)
     return ranks
