@@ -158,7 +158,7 @@ def load_step(engine, path: Path, ranks) -> dict:
     return json.loads((path / "state.json").read_text())
 
 
-# ---- the finished run ---------------------------------------------------------------------
+# ---- the finished run -----------------------------------------------------------------------
 
 
 def keep_finished(out_dir: Path, folder: Path) -> None:
