@@ -35,7 +35,7 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(claim, seconds=10):
+def wait_until(claim, seconds=60):
     end = time.time() + seconds
     while not claim() and time.time() < end:
         time.sleep(0.05)
@@ -67,6 +67,13 @@ def test_several_machines_with_deepspeed_read_the_hostfile():
         "--num_gpus=8", "--master_addr=a", "--master_port=7", "--no_local_rank", "--module",
         "tlv.train", "c.json"]
     assert "TLV_END_WITH_PARENT" not in environment(CONFIG, config, {})
+
+
+def test_tensorboard_is_a_matter_of_the_launch_and_not_of_the_run():
+    for settings in (LaunchConfig(), LaunchConfig(num_ranks=2),
+                     LaunchConfig(num_ranks=2, launcher="deepspeed")):
+        with_it = command("c.json", dataclasses.replace(settings, tensorboard=True), 7)
+        assert with_it == [*command("c.json", settings, 7), "--tensorboard"]
 
 
 def test_the_ranks_environment_is_clean_and_its_threads_are_set():

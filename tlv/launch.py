@@ -19,7 +19,7 @@ from tlv import ROOT, checkpoint
 from tlv.config import ConfigError, demand, load_json, resolve, resume_root
 from tlv.files import write_json, write_text
 from tlv.ranks import free_port
-from tlv.runlog import SAID, say
+from tlv.runlog import SAID, find_tensorboard, say
 from tlv.train_config import TrainConfig, as_dict
 
 TAIL_LINES = 40
@@ -47,6 +47,7 @@ class LaunchConfig:
     master_addr: str = "127.0.0.1"
     master_port: int | None = None  # None: a free one
     hostfile: str | None = None  # deepspeed: "name slots=8" per line, reached over ssh
+    tensorboard: bool = False  # also draw the log in out_dir/tensorboard; needs the package
 
     def __post_init__(self):
         for name in ("num_ranks", "num_nodes"):
@@ -77,6 +78,7 @@ def command(config_path, launch_config: LaunchConfig, port: int) -> list[str]:
     Always this Python (never one found on PATH). One rank needs no launcher.
     """
     c, python, target = launch_config, [sys.executable, "-m"], ["tlv.train", str(config_path)]
+    target += ["--tensorboard"] * c.tensorboard
     if c.hostfile is not None:
         where = [f"--hostfile={c.hostfile}", f"--num_nodes={c.num_nodes}"]
     else:
@@ -136,6 +138,8 @@ def launch(config: TrainConfig, launch_config: LaunchConfig | None = None) -> Pa
         check_hostfile(launch_config)
     elif launch_config.launcher == "deepspeed" and config.device != "cpu":
         check_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if launch_config.tensorboard:
+        find_tensorboard()
     check_inputs(config)
     final = resolve(config.out_dir) / "checkpoint"
     if find_finished(config, launch_config):

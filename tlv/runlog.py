@@ -5,6 +5,7 @@ val_loss where it was measured (step 0 is before training). No timings: those ar
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,7 +45,11 @@ class RunLog:
         self._writer = None
         if is_first:
             write_text(self._path, "".join(_line(row) for row in self.rows))
-            self._writer = _open_tensorboard(out_dir / "tensorboard") if tensorboard else None
+            if tensorboard:
+                shutil.rmtree(out_dir / "tensorboard", ignore_errors=True)
+                self._writer = find_tensorboard()(str(out_dir / "tensorboard"))
+                for row in self.rows:
+                    self._draw(row)
 
     def add(self, row: dict) -> None:
         """Append one row."""
@@ -54,9 +59,12 @@ class RunLog:
         with open(self._path, "a") as file:
             file.write(_line(row))
         if self._writer is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._writer.add_scalar(name, value, row["step"])
+            self._draw(row)
+
+    def _draw(self, row: dict) -> None:
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, row["step"])
 
     def last(self, name: str):
         """The newest value of a column, or None."""
@@ -71,10 +79,11 @@ def _line(row: dict) -> str:
     return json.dumps(row) + "\n"
 
 
-def _open_tensorboard(folder: Path):
+def find_tensorboard():
+    """TensorBoard's SummaryWriter. Raises ConfigError where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("tensorboard = true, but it is not installed: "
-                          "pip install tensorboard, or set tensorboard to false") from error
-    return SummaryWriter(str(folder))
+        raise ConfigError("tensorboard: true in the launch settings, but it is not installed: "
+                          "pip install tensorboard==2.21.0, or take the line out") from error
+    return SummaryWriter

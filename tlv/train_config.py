@@ -57,7 +57,6 @@ class TrainConfig:
     max_bad_share: float = 0.05  # of the samples
     num_threads: int = 1  # per rank, on the CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensorboard: bool = False  # needs the package tensorboard
 
     def __post_init__(self):
         demand(bool(self.trainable), f"trainable is empty; name some of {PARTS}")
