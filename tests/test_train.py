@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from toy_manifest import make_sample, make_world
 
-from tlv import ROOT, processor, train
+from tlv import ROOT, processor, runlog, train
 from tlv import launch as launcher
 from tlv.bad_samples import TooManyBadSamples
 from tlv.builders import load_model
@@ -637,15 +637,32 @@ def test_launch_trains_in_a_subprocess_once(configure, capsys, monkeypatch, tmp_
     assert "a finished run with equal settings" in capsys.readouterr().err
 
 
-def test_tensorboard_is_an_extra(tmp_path):
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(ConfigError, match="pip install tensorboard"):
-            RunLog(tmp_path, True, tensorboard=True)
-    else:
-        log = RunLog(tmp_path, True, tensorboard=True)
-        log.add({"step": 1, "loss": 2.0})
-        log.close()
-        assert list((tmp_path / "tensorboard").iterdir())
+def test_tensorboard_is_an_extra(configure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is missing
+    with pytest.raises(ConfigError, match="tensorboard: true .*: pip install tensorboard"):
+        launch(configure("it", num_steps=2), LaunchConfig(tensorboard=True))
+
+
+def test_tensorboard_shows_the_whole_log_of_a_resumed_run(tmp_path, monkeypatch):
+    drawn = []
+    writer = SimpleNamespace(add_scalar=lambda *row: drawn.append(row), close=lambda: None)
+    monkeypatch.setattr(runlog, "find_tensorboard", lambda: lambda folder: writer)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard/events.of.the.run.that.was.killed").touch()
+    log = RunLog(tmp_path, True, [{"step": 1, "loss": 3.0, "val_loss": None}], tensorboard=True)
+    log.add({"step": 2, "loss": 2.0})
+    log.close()
+    assert drawn == [("loss", 3.0, 1), ("loss", 2.0, 2)]
+    assert not (tmp_path / "tensorboard").exists()  # else its rows would show twice
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None,
+                    reason="pip install tensorboard==2.21.0 to try the real one")  # fmt: skip
+def test_tensorboard_writes_events(tmp_path):
+    log = RunLog(tmp_path, True, tensorboard=True)
+    log.add({"step": 1, "loss": 2.0})
+    log.close()
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 # ---- a connector of one's own ---------------------------------------------------------------

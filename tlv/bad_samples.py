@@ -4,6 +4,9 @@ Taught in notebooks 03 and 04.
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tlv.files import write_json
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class BadSamples:
 
     SMALL = 100  # the share counts from this many samples on, so that one early one does not stop
 
-    def __init__(self, max_share: float, found=()):
-        self.max_share = max_share
+    def __init__(self, max_share: float, found=(), *, list_path: Path):
+        self.max_share, self.list_path = max_share, list_path
         self.found = {(f["split"], f["id"]): BadSample(f["id"], f["reason"], f["is_used"])
                       for f in found}
 
@@ -44,13 +47,15 @@ class BadSamples:
                 for (split, _), sample in sorted(self.found.items())]
 
     def check(self, split: str, num_seen: int, num_samples: int, manifest) -> None:
-        """Raise TooManyBadSamples when the share of skipped ones exceeds the limit."""
+        """Raise TooManyBadSamples when the share of skipped ones exceeds the limit; then all that
+        were found are listed in `list_path`, for a run that stops here has no report."""
         bad = [sample for (where, _), sample in self.found.items()
                if where == split and not sample.is_used]
         seen = max(min(num_seen, num_samples), min(num_samples, self.SMALL))
         if len(bad) > self.max_share * seen:
+            write_json(self.list_path, self.as_list())
             examples = "\n".join(f"  {sample.id}: {sample.reason}" for sample in bad[:5])
             raise TooManyBadSamples(
                 f"{manifest}: {len(bad)} bad {split} samples among {seen}: more than "
                 f"max_bad_share = {self.max_share:g}. Filter the manifest (notebook 01) or raise "
-                f"the limit. The first ones:\n{examples}")
+                f"the limit. The first ones:\n{examples}\nAll of them: {self.list_path}")

@@ -8,6 +8,7 @@ Writes into out_dir: checkpoint/ (a tlv folder, with adapter/ in it where adapte
 log.jsonl, report.json and train_config.json.
 """
 
+import argparse
 import contextlib
 import fcntl
 import math
@@ -46,17 +47,17 @@ class TrainingError(RuntimeError):
 # ---- the loop -------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig) -> Ranks:
+def train(config: TrainConfig, tensorboard: bool = False) -> Ranks:
     """Run one stage from `config`, resuming an unfinished run of the same fingerprint."""
     check_inputs(config)
     ranks = start_ranks(config.device, config.num_threads, config.seed)
     root = resume_root(config.out_dir)
     with lock_run(root) if ranks.is_first else contextlib.nullcontext():
-        run_stage(config, ranks, root)
+        run_stage(config, ranks, root, tensorboard)
     return ranks
 
 
-def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
+def run_stage(config: TrainConfig, ranks: Ranks, root: Path, tensorboard: bool) -> None:
     """Train from the start, or from the checkpoint found under `root`, to the finished model."""
     out_dir = resolve(config.out_dir)
     mark = ranks.share(checkpoint.fingerprint(config, ranks.world_size) if ranks.is_first else "")
@@ -98,10 +99,11 @@ def run_stage(config: TrainConfig, ranks: Ranks, root: Path) -> None:
     state = {"step": 0, "rows": [], "bad": []}
     if found is not None:
         state = checkpoint.load_step(engine, found, ranks)
-    first_step, bad = state["step"], BadSamples(config.max_bad_share, state["bad"])
+    first_step = state["step"]
+    bad = BadSamples(config.max_bad_share, state["bad"], list_path=root / "bad_samples.json")
     if ranks.is_first:  # or an earlier run's report would vouch for this one's log and weights
         (out_dir / "report.json").unlink(missing_ok=True)
-    log = RunLog(out_dir, ranks.is_first, state["rows"], config.tensorboard)
+    log = RunLog(out_dir, ranks.is_first, state["rows"], tensorboard)
 
     def validate() -> float:
         loss = measure_loss(engine, val_data, val_batches, config, bad, ranks)
@@ -324,13 +326,16 @@ def make_dataset(config, samples, model, processor, cache, indices, ranks) -> Vi
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m tlv.train config.json`"""
-    if len(arguments) != 1:
-        raise SystemExit("usage: python -m tlv.train config.json")
+    """`python -m tlv.train config.json [--tensorboard]`"""
+    parser = argparse.ArgumentParser(prog="python -m tlv.train")
+    parser.add_argument("config", help="a TrainConfig as JSON, as tlv.launch writes it")
+    parser.add_argument("--tensorboard", action="store_true", help="also draw the log there")
+    options = parser.parse_args(arguments)
     if os.environ.get("TLV_END_WITH_PARENT"):
         end_with_launcher()
     try:
-        leave(train(build(TrainConfig, load_json(arguments[0]), arguments[0])))
+        config = build(TrainConfig, load_json(options.config), options.config)
+        leave(train(config, options.tensorboard))
     except (ValueError, TrainingError, TooManyBadSamples) as error:  # whose words say what to do
         traceback.print_exc()
         print(textwrap.indent(str(error), SAID), file=sys.stderr, flush=True)
