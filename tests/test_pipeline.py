@@ -17,6 +17,7 @@ from clone import (
     IMAGE,
     NAMES,
     commit,
+    environment,
     make_clone,
     own_folder,
     repro,
@@ -187,6 +188,16 @@ def test_a_fresh_clone_pulls_and_has_nothing_to_run(project, tmp_path):
     run(["dvc", "pull"], fresh)
     assert (fresh / "outputs/smoke/04_sft/checkpoint/part.json").is_file()
     assert set(repro(fresh)) <= set(CODE)  # the code copies are made, not stored
+
+
+def test_a_preset_that_is_none_is_named_with_those_there_are(project):
+    edit(project / "params/preset.yaml", "preset: smoke", "preset: huge")
+    done = subprocess.run(["dvc", "repro"], cwd=project, env=environment(project), text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True)  # fmt: skip
+    assert done.returncode and (
+        "error: params/preset.yaml: preset = 'huge' is no folder of params/; take one of gpu, own, "
+        "paper, smoke, tiny\n") in done.stderr  # fmt: skip
+    run(["git", "checkout", "-q", "."], project)
 
 
 def test_a_bad_parameter_stops_the_pipeline_with_one_message(project):

@@ -85,6 +85,24 @@ def test_a_missing_parameter_that_makes_a_run_a_real_one_is_named(root):
         stage.load_stage_params("00_x", "tiny", own)
 
 
+@pytest.mark.parametrize("line", ["min_free = 0.0", "optimizer = 'adamw'", "save_every = None"])
+def test_a_missing_gate_or_way_to_train_is_named_too(root, line):
+    write(root, params="seed: 3\n")
+    own, name = notebook(parameters=PARAMETERS + line + "\n"), line.split()[0]
+    with pytest.raises(NotebookError, match=f"00_x.yaml: `{name}` is missing; its default "):
+        stage.load_stage_params("00_x", "tiny", own)
+
+
+def test_a_run_says_whether_it_goes_on_or_starts_clean(root, monkeypatch, capsys):
+    write(root)
+    monkeypatch.setattr(stage, "_execute", lambda *_: None)
+    stage.run("00_x", "tiny")
+    assert "1 thread(s); starts clean\n" in capsys.readouterr().out
+    (root / "outputs/.resume/tiny/00_x/0123456789abcdef/clips").mkdir(parents=True)
+    stage.run("00_x", "tiny")
+    assert "goes on with what a run that stopped left\n" in capsys.readouterr().out
+
+
 def test_right_parameters_pass(root):
     write(root, params="rate: 1\nlimit: 1.0\nparts: [connector, llm]\nis_fast: false\n")
     values = stage.load_stage_params("00_x", "tiny", notebook())

@@ -8,6 +8,7 @@ import json
 import sys
 
 from tlv import ROOT
+from tlv.config import ConfigError, load_params
 from tlv.files import write_text
 
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -27,11 +28,27 @@ def code_only(notebook: dict) -> dict:
     return {"cells": cells, "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 5}
 
 
+def _wrong_preset() -> str:
+    """What is wrong with params/preset.yaml, or "". The first stages say it: DVC would only miss a
+    file that its reader never heard of."""
+    try:
+        preset = load_params(ROOT / "params/preset.yaml").get("preset")
+    except ConfigError as error:
+        return str(error)
+    there = sorted(path.name for path in (ROOT / "params").iterdir() if path.is_dir())
+    return "" if preset in there else (
+        f"params/preset.yaml: preset = {preset!r} is no folder of params/; take one of "
+        f"{', '.join(there)}")  # fmt: skip
+
+
 def main(arguments: list[str]) -> int:
     (name,) = arguments
     source = ROOT / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
         print(f"error: {source.relative_to(ROOT)}: no such notebook", file=sys.stderr)
+        return 2
+    if wrong := _wrong_preset():
+        print(f"error: {wrong}", file=sys.stderr)
         return 2
     # Plain JSON: a start of nbformat would take a second, seven times.
     code = code_only(json.loads(source.read_text()))

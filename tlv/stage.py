@@ -24,9 +24,12 @@ from tlv.notebook_parameters import (
 )
 from tlv.stage_inputs import check_copy, digests, files_of
 
-# What makes a run a real one.
+# What makes a run a real one, so that no preset leaves it to the smoke run's default: its size ...
 SCALE = re.compile(r"_steps$|^num_(train|val|test|texts|clips|samples|trials)$|"
                    r"^(grid_|long_)?lengths?$")
+# ... how it trains, and its gates.
+STATED = ("optimizer", "lr_connector", "save_every", "launch_config",
+          "min_free", "min_choice", "min_margin", "min_score")  # fmt: skip
 KEPT = ("finished/", "clips/")  # until the stage is done: `tlv.checkpoint`, `tlv.clip_facts`
 START_ATTEMPTS = 2  # a kernel now and then fails to start on a busy machine
 
@@ -44,7 +47,8 @@ def load_stage_params(name: str, preset: str, notebook) -> dict:
     values["out_dir"] = f"outputs/{preset}/{name}"
     check_parameters(values, notebook, source, where)
     for key, (default, _) in parameters(notebook, where).items():
-        if SCALE.search(key) and default is not None and key not in values:
+        is_scale = SCALE.search(key) and default is not None
+        if (is_scale or key in STATED) and key not in values:
             raise NotebookError(
                 f"{source}: `{key}` is missing; its default {default} in {where} is the smoke run's"
             )
@@ -75,7 +79,9 @@ def run(name: str, preset: str) -> None:
     # Progress bars stay, for who watches, but redraw every 5 s: in a log each is a line.
     os.environ.update(notebooks.environment(num_threads) | {"TQDM_MININTERVAL": "5"})
     target, start = out_dir / "run.ipynb", time.monotonic()
-    print(f"{name}: running with params/{preset}/{name}.yaml, {num_threads} thread(s)", flush=True)
+    start_from = "goes on with what a run that stopped left" if resumed else "starts clean"
+    print(f"{name}: running with params/{preset}/{name}.yaml, {num_threads} thread(s); "
+          f"{start_from}", flush=True)  # fmt: skip
     try:
         _execute(source, target, values)
     finally:
