@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tlv import ROOT
 from tlv.ask import answer, ask, main
 from tlv.mp4 import write_video
 from tlv.templates import render
@@ -18,6 +19,14 @@ from tlv.templates import render
 def clip(tmp_path, clip_frames):
     write_video(tmp_path / "clip.mp4", clip_frames(9), fps=3)
     return tmp_path / "clip.mp4"
+
+
+def test_without_a_model_it_is_the_one_that_the_pipeline_trains(clip, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setitem(main.__globals__, "ask", lambda *given: asked.append(given) or "red")
+    assert main([str(clip), "What colour?", "--device", "cpu"]) == 0
+    trained = ROOT / "outputs/tiny/04_sft/checkpoint"
+    assert asked == [(str(clip), "What colour?", trained, "cpu", 64)]
 
 
 def test_answer_is_what_generate_gives(tiny, clip_frames):

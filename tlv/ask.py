@@ -1,6 +1,7 @@
-"""Ask a trained model about one clip: `python -m tlv.ask CLIP "question" --model DIR`.
+"""Ask a trained model about one clip: `python -m tlv.ask CLIP "question" [--model DIR]`.
 
-Prints the answer, then the frames it was read from. Taught in notebook 04.
+Without a model it is the one that `make repro` trains. Prints the answer, then the frames it was
+read from. Taught in notebook 04.
 """
 
 import argparse
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import torch
 
-from tlv import long_video
+from tlv import ROOT, long_video
 from tlv.arguments import to_count, to_device
 from tlv.builders import load_model
 from tlv.chat import query_of, with_video
+from tlv.config import portable
 from tlv.pretrained import ModelFolderError
 from tlv.templates import render
 from tlv.video import Clip, VideoError, is_picture
 
+MODEL = ROOT / "outputs/tiny/04_sft/checkpoint"
 NOTHING = "(no answer: the model ended at once)"
 PICTURE = "frames looked at: the picture"
 
@@ -54,7 +57,7 @@ def ask(path, question, model_dir, device="cpu", max_new_tokens=64, timeout_s=60
     if not question.strip():
         raise ValueError("the question is empty; write it in quotes after the clip")
     if not Path(path).is_file():
-        raise VideoError(path, "no such file")
+        raise VideoError(path, "no such file; check the path of the clip")
     model, processor = load_model(model_dir, what="--model")
     if processor.selector is not None:
         return _ask_long(model.to(device), processor.to(device), path, question, max_new_tokens)
@@ -82,8 +85,8 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tlv.ask", description=__doc__.split("\n")[0])
     parser.add_argument("clip", help="a video or picture file")
     parser.add_argument("question")
-    parser.add_argument("--model", required=True, metavar="DIR",
-                        help="a checkpoint, such as outputs/tiny/04_sft/checkpoint")  # fmt: skip
+    parser.add_argument("--model", default=MODEL, metavar="DIR",
+                        help=f"a checkpoint's folder; without one {portable(MODEL)}")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=to_count, default=64, metavar="N")
     parser.add_argument("--device", type=to_device, default="auto", help="auto (a GPU where there "
                         "is one), cpu, cuda ...")  # fmt: skip
