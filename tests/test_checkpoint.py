@@ -126,7 +126,7 @@ def test_the_unfinished_runs_of_a_stage_nested_below_stay(tmp_path, monkeypatch)
 
 
 def test_settings_files_of_zero_are_valid():
-    for stage in (0, 2, 3):
+    for stage in (0, 1, 2, 3):
         settings = json.loads((ROOT / "params" / f"deepspeed_zero{stage}.json").read_text())
         assert settings["zero_optimization"]["stage"] == stage
         assert "gradient_clipping" not in settings  # max_grad_norm is the one home of clipping

@@ -127,6 +127,22 @@ def test_the_readme_shows_what_outputs_say(head):
     assert shown == report.measured(), f"run `make report` and commit {committed.PATH}"
 
 
+def test_the_readmes_sentences_say_what_outputs_say(head):
+    """Numbers in its prose that no table is filled with."""
+    text = " ".join((head / "README.md").read_text().split())
+    found = report.metrics_of("tiny", "05_evaluation")
+    margins = {key: found[key.replace("baseline", "accuracy")] - value
+               for key, value in found.items() if key.startswith("baseline/type/")}
+    of_type = min((100 * m, key) for key, m in margins.items() if key.count("/") == 2)
+    of_form = min((100 * m, key) for key, m in margins.items() if key.count("/") == 3)
+    assert (f"the least margin of a type is that of {of_type[1].split('/')[2]}, {of_type[0]:.0f} "
+            f"points (of a type in one form, that of {of_form[1].split('/')[2]} in ") in text
+    assert f", {of_form[0]:.0f})" in text
+    world = report.metrics_of("tiny", "00_toy_world")
+    assert f"is right in {world['single_frame/order']:.0%} (chance: 50%)" in text
+    assert f"at an unknown moment in {world['single_frame/order_any_time']:.0%}" in text
+
+
 def test_every_committed_cost_has_a_machine_and_a_date(head):
     for preset in ("smoke", "tiny", "tiny/image", "tiny/long"):
         for stage, found in costs.read_costs(preset).items():

@@ -144,7 +144,7 @@ def test_a_killed_pipeline_goes_on_where_its_training_was(real):
     command = ["dvc", "repro", "03_pretraining"]
     process = subprocess.Popen(command, cwd=real, env=environment(real), start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    root, stop = real / "outputs/.resume/smoke/03_pretraining", time.time() + 120
+    root, stop = real / "outputs/.resume/smoke/03_pretraining", time.time() + 600
     while not any(checkpoint.list_steps(folder) for folder in root.glob("*")):
         assert process.poll() is None and time.time() < stop, "no checkpoint was written"
         time.sleep(0.1)

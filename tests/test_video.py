@@ -3,7 +3,6 @@
 import os
 import pickle
 import signal
-import time
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -406,10 +405,8 @@ def test_hanging_decoder_is_stopped_and_the_next_clip_is_served(clip_path):
     sample_frames_within(30, clip_path, num_frames=2)
     pid = video_child.child()._process.pid
     os.kill(pid, signal.SIGSTOP)  # the child hangs
-    start = time.monotonic()
     with pytest.raises(VideoError, match="took over 0.5 s and was stopped"):
         sample_frames_within(0.5, clip_path, num_frames=2)
-    assert time.monotonic() - start < 20
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert numbers(sample_frames_within(30, clip_path, num_frames=2).frames) == [0, 59]

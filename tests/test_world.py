@@ -338,7 +338,8 @@ def test_many_processes_write_the_bytes_that_one_writes(tmp_path, monkeypatch):
 
 
 def test_neither_a_name_nor_the_order_says_what_is_planted(card):
-    """No correlation beyond three standard deviations of chance, in any annotation file."""
+    """No correlation beyond three standard deviations of chance, in any annotation file, and no
+    quarter with more of them than four."""
     truth = truth_of(card)
     for key in ("raw_captions", "raw_qa"):
         pool = json.loads(card[key].read_text())
@@ -348,6 +349,9 @@ def test_neither_a_name_nor_the_order_says_what_is_planted(card):
             rank = np.argsort(np.argsort(values))
             r = np.corrcoef(is_planted, rank)[0, 1]
             assert abs(r) < 3 / len(pool) ** 0.5, f"{key}, {what}: r = {r:.2f}"
+            parts = np.array_split(np.array(is_planted)[np.argsort(rank)], 4)  # nor a middle one
+            share, most = np.mean(is_planted), 4 * (np.var(is_planted) / len(parts[-1])) ** 0.5
+            assert all(abs(part.mean() - share) < most for part in parts), f"{key}, {what}"
 
 
 def test_defects_are_what_they_say(card):
