@@ -1,8 +1,8 @@
 """What can be said and asked about a toy scene: captions, question-answer turns, text for the LLM.
 
-Every question has one right answer that follows from the scene alone. Direction and order need
-several frames; existence asks for absent objects as often as for present ones, which is the
-hallucination probe. Taught in notebook 00.
+Every question has one right answer that follows from the scene alone. Direction needs several
+frames, and so does order, though a frame at a known moment hints at it; existence asks for absent
+objects as often as for present ones, which is the hallucination probe. Taught in notebook 00.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from tlv.world import (
     place_name,
 )
 
-HARD_TYPES = ("direction", "order")  # a single frame does not tell
+HARD_TYPES = ("direction", "order")  # they need several frames
 TYPES = ("colour", "shape", "size", "place", "direction", "order", "count", "existence")
 NUMBERS = ("one", "two", "three")
 CAPTION_REQUEST, PICTURE_REQUEST = "Describe the video.", "Describe the picture."
