@@ -221,7 +221,7 @@ def test_top_k_takes_the_most_relevant():
 NUM_FRAMES, LENGTH, SCENES = 2000, 30, 16  # LENGTH of the needle, in frames
 
 
-def haystack(seed, num_distracting):
+def haystack(seed, num_distracting, num_frames=NUM_FRAMES, length=LENGTH):
     """Frames (N, 256), question, and the content of each frame: a scene, -1 needle, -2 distractor.
 
     Cosines with the question are about 0.20 in the scenes, 0.30 in the needle, 0.31 in what
@@ -230,12 +230,12 @@ def haystack(seed, num_distracting):
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(256, SCENES + 4, generator=generator)).Q.T
     mean, other = basis[SCENES], basis[SCENES + 3]
-    content = torch.arange(NUM_FRAMES) * SCENES // NUM_FRAMES
-    starts = torch.randperm(NUM_FRAMES - 400, generator=generator)[:2].tolist()
+    content = torch.arange(num_frames) * SCENES // num_frames
+    starts = torch.randperm(num_frames - 400, generator=generator)[:2].tolist()
     content[starts[0] : starts[0] + num_distracting] = -2
-    content[starts[1] : starts[1] + LENGTH] = -1
+    content[starts[1] : starts[1] + length] = -1
     things = basis[torch.where(content < 0, SCENES - content, content)]  # (N, 256)
-    noise = F.normalize(torch.randn(NUM_FRAMES, 256, generator=generator), dim=1)
+    noise = F.normalize(torch.randn(num_frames, 256, generator=generator), dim=1)
     frames = F.normalize(0.55**0.5 * mean + 0.38**0.5 * things + 0.07**0.5 * noise, dim=1)
     query = 0.27 * mean + 0.16 * basis[SCENES + 1]
     if num_distracting:
@@ -250,14 +250,17 @@ def test_relevance_of_the_haystack():
     assert means == pytest.approx([0.20, 0.30, 0.31], abs=0.01)
 
 
-def test_dks_finds_the_needle_behind_a_distractor():
+@pytest.mark.parametrize("num_frames, length, most", [
+    (2000, 30, 0.8), (10_000, 30, 0.8), (10_000, 60, 0.95), (10_000, 120, 1.0)])  # fmt: skip
+def test_dks_finds_the_needle_behind_a_distractor(num_frames, length, most):
+    """Top-K finds it in 48, 47, 73 and 83% of 60 draws (another program's)."""
     hits = {"dks": 0, "top_k": 0}
     for seed in range(20):
-        frames, query, content = haystack(seed, 300)
+        frames, query, content = haystack(seed, 300, num_frames, length)
         hits["dks"] += (content[select_keyframes(frames, query, fill="none")] == -1).any().item()
         hits["top_k"] += (content[top_k_keyframes(frames, query, 32)] == -1).any().item()
     assert hits["dks"] == 20
-    assert hits["top_k"] < 18
+    assert hits["top_k"] < 20 * most
 
 
 def test_dks_sees_every_scene_where_top_k_sees_the_needle_alone():
@@ -266,6 +269,20 @@ def test_dks_sees_every_scene_where_top_k_sees_the_needle_alone():
     assert sorted(seen.tolist()) == list(range(-1, SCENES))
     seen = content[top_k_keyframes(frames, query, 32)]
     assert (seen == -1).sum() >= 30 and len(seen.unique()) <= 3
+
+
+def test_a_low_threshold_starves_and_a_threshold_of_one_crowds():
+    """Between them lies the published 0.85. Without a distractor: picks made, and scenes seen."""
+    picks, seen = {}, {}
+    for threshold in (0.35, 0.5, 0.85, 1.0):
+        found = []
+        for seed in range(5):
+            frames, query, content = haystack(seed, 0)
+            found.append(content[select_keyframes(frames, query, threshold=threshold, fill="none")])
+        picks[threshold] = sum(map(len, found)) / 5
+        seen[threshold] = sum(len(content.unique()) for content in found) / 5
+    assert picks[0.35] <= 2 and picks[0.5] <= 2  # 0.53 alike are frames of any two scenes
+    assert seen[0.85] == SCENES + 1 and seen[1.0] <= 3
 
 
 def test_uniform_hits_as_often_as_the_needle_is_long():

@@ -161,6 +161,23 @@ def test_hot_merging_is_the_mean_and_cold_merging_picks():
     assert torch.allclose(merge(FRAMES, KEY, QUERY), FRAMES[range(4), places], atol=1e-5)
 
 
+def test_the_colder_the_more_the_needle_weighs():
+    """One patch of 729 that fits the query: its mean weight over 20 draws, by temperature."""
+    weights = {temperature: [] for temperature in (1.0, 0.1, 0.01, 0.001)}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        key, other = torch.randn(2, 729, 64, generator=generator)
+        query = torch.randn(64, generator=generator)
+        frame = other.clone()
+        frame[300] = query + 0.5 * torch.randn(64, generator=generator)
+        for temperature, found in weights.items():
+            merge = PaperMerging(temperature=temperature)
+            found.append(merge.weights(frame[None], key, query)[0, 300].item())
+    means = [sum(found) / 20 for found in weights.values()]
+    assert means[0] == pytest.approx(0.003, abs=1e-3) and 0.3 < means[1] < 0.8
+    assert means[2:] == pytest.approx([1.0, 1.0], abs=5e-3)
+
+
 def test_a_patch_that_the_keyframe_shows_already_counts_less():
     generator = torch.Generator().manual_seed(0)
     frame, query = torch.randn(1, 50, 64, generator=generator), torch.randn(64, generator=generator)

@@ -55,7 +55,7 @@ def encode(w, pixels):
 
 
 def resample(w, features):
-    """The group resampler: features (S, D_v) -> (Q, D). TinyLLaVA-Video, section 3."""
+    """The group resampler: features (S, D_v) -> (Q, D). TinyLLaVA-Video's published code."""
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])

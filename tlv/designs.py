@@ -67,7 +67,9 @@ LLMS = {
         eos_token_id=151_643,
     ),
 }  # fmt: skip
-CONNECTOR_SIZES = {  # as published; those that are compared at equal tokens have 512 of 16 frames
+# As published, but for mean_pool and frame_resampler, which were not: they too make 512 tokens of
+# 16 frames, as the resamplers of video do.
+CONNECTOR_SIZES = {
     "identity": {},
     "linear": {},
     "mlp2x_gelu": {},
@@ -79,7 +81,7 @@ CONNECTOR_SIZES = {  # as published; those that are compared at equal tokens hav
     "naive_resampler": {},
     "group_resampler": {},
     "frame_resampler": {},
-    "vilamp": dict(sampling="fps", query_width=768),
+    "vilamp": dict(sampling="fps", query_width=512, keyframe_grid=14),
 }
 HAS_CLASS_TOKEN = ("clip_vision_model", "dinov2", "tlv_mixture")
 

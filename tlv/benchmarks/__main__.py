@@ -119,7 +119,7 @@ def main(arguments=None) -> int:
                         "these are (default: FOLDER)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="default: outputs/scratch/benchmarks/NAME")
     parser.add_argument("--device", type=to_device, default="auto", help="auto, cpu, cuda ...")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--batch-size", type=to_count, default=1, metavar="N", help="published: 1")
     parser.add_argument("--max-new-tokens", type=to_count, metavar="N",
                         help="default: as published")

@@ -59,7 +59,8 @@ def score_list(answers, truths) -> dict[str, float]:
 
 
 def score(questions, answers) -> dict[str, float]:
-    """All of each list, and the means of accuracy and F1: published tables mean F1."""
+    """All of each list, and the means of accuracy and F1. Published tables most likely hold F1,
+    though TinyLLaVA's paper calls it accuracy."""
     groups = defaultdict(lambda: ([], []))
     for question, text in zip(questions, answers, strict=True):
         groups[question.group][0].append(text)
