@@ -90,8 +90,8 @@ NUMBERS = {  # (recipe, stage): peak rates of connector, LLM and encoder; with a
     ("share_frozen", "pretrain"): (ALIGN, (), None),
     ("share_frozen", "pretrain_share"): (TUNE, (), None),
     ("share_frozen", "sft"): (TUNE, (), None),
-    # Factory's lora/finetune_lora.sh and lora/finetune_qlora.sh; lora_vision and qlora_nf4 were never
-    # published and have the same numbers
+    # Factory's lora/finetune_lora.sh and lora/finetune_qlora.sh; lora_vision and qlora_nf4 were
+    # never published and have the same numbers
     ("lora", "pretrain"): (ALIGN, (), None),
     ("lora", "sft"): (ADAPT, ("llm",), None),
     ("lora_vision", "pretrain"): (ALIGN, (), None),
