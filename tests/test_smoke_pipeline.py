@@ -18,7 +18,7 @@ from tlv.card import read_card
 from tlv.config import load_json
 from tlv.files import write_json
 from tlv.notebook_parameters import defaults_of
-from tlv.stage import SCALE
+from tlv.stage import SCALE, STATED
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def real(tmp_path_factory):
     for name in map(own_folder, NAMES + IMAGE):
         notebook = notebooks.read(folder / f"notebooks/{name.split('/')[-1]}.ipynb")
         defaults = defaults_of(notebook)
-        scale = {key: defaults[key] for key in defaults if SCALE.search(key)}
+        scale = {key: defaults[key] for key in defaults if SCALE.search(key) or key in STATED}
         values = yaml.safe_load((folder / f"params/tiny/{name}.yaml").read_text()) or {}
         design = ("manifest_dir", "connector_type", "num_frames") if "/" in name else ()
         params[name] = scale | {
